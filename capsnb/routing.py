@@ -1,0 +1,157 @@
+"""Routing by agreement, and the forward and reverse maps for given couplings.  Eq. 3, Algorithm 1.
+
+Axes: lower capsules i (I of them, e numbers each), upper capsules j (J of them, d numbers each).  The maps loop over
+the upper capsules: one matrix product each, and the votes [B, I, J, d] are never stored.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from capsnb.checks import require_choice, require_finite, require_floats, require_shape
+
+_NORMALISED_AXIS = {"upper": 1, "lower": 2}  # of the logits, which are held as [B, J, I, 1]
+
+
+class Routing(NamedTuple):
+    """What routing by agreement returns."""
+
+    coupling: Float[Tensor, "B I J"]
+    z: Float[Tensor, "B J d"]
+
+
+class RoutingState(NamedTuple):
+    """The state after one round: as ``Routing``, and how well the votes for each upper capsule agree."""
+
+    coupling: Float[Tensor, "B I J"]
+    z: Float[Tensor, "B J d"]
+    agreement: Float[Tensor, "B J"]
+
+
+def route(
+    x: Float[Tensor, "B I e"],
+    W: Float[Tensor, "I J d e"],
+    *,
+    rounds: int = 3,
+    over: str = "upper",
+    on: Bool[Tensor, "B I"] | None = None,
+) -> Routing:
+    """Couplings and upper capsules after ``rounds`` of routing by agreement.  Section 2.2, eq. 3.
+
+    The first round couples everything equally; each later one adds the cosine between vote and capsule to the logits.
+    ``over="upper"`` makes the couplings of one lower capsule sum to 1 (Sabour 2017), ``"lower"`` those of one upper
+    capsule (the sum over i that Hauser 2019 prints). Lower capsules that are not ``on`` take no part (default: all do).
+    Raises ValueError for wrong shapes, NaN, an unknown axis, rounds < 1.
+    """
+    state = route_with_agreement(x, W, rounds=rounds, over=over, on=on)
+    return Routing(state.coupling, state.z)
+
+
+def route_with_agreement(
+    x: Float[Tensor, "B I e"],
+    W: Float[Tensor, "I J d e"],
+    *,
+    rounds: int = 3,
+    over: str = "upper",
+    on: Bool[Tensor, "B I"] | None = None,
+) -> RoutingState:
+    """As ``route``, with the agreement: ‖z_j‖ over the coupling-weighted sum of the vote lengths.
+
+    It is 1 when all votes point one way and 0 when they cancel (the mean resultant length of directional statistics).
+    """
+    _check(x, W)
+    require_choice(over, _NORMALISED_AXIS, "over")
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}, expected at least 1")
+    on = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if on is None else on
+    parts = zip(x.split(_CHUNK), on.split(_CHUNK))
+    last = [route_steps(part, W, rounds=rounds, over=over, on=here)[-1] for part, here in parts]
+    return RoutingState(*map(torch.cat, zip(*last)))
+
+
+_CHUNK = 16  # images whose votes are held at once: small enough for the processor's cache
+_OFF = -1e4  # logit of a lower capsule that takes no part: exp of it is 0, and differences of it stay finite
+
+
+def route_steps(
+    x: Float[Tensor, "B I e"],
+    W: Float[Tensor, "I J d e"],
+    *,
+    rounds: int,
+    over: str = "upper",
+    on: Bool[Tensor, "B I"] | None = None,
+) -> list[RoutingState]:
+    """The state after every round, the last being what ``route`` returns; holds all votes of the batch at once."""
+    votes = _votes(x, W)
+    vote_length = torch.linalg.vector_norm(votes, dim=-1, keepdim=True)
+    logits, states = torch.zeros_like(vote_length), []
+    taking_part = torch.ones_like(x[..., 0]) if on is None else on.to(x)
+    taking_part = taking_part[:, None, :, None]
+    logits = logits + (1 - taking_part) * _OFF
+    for done in range(rounds):
+        coupling = taking_part * logits.softmax(dim=_NORMALISED_AXIS[over])
+        z = coupling.transpose(2, 3) @ votes
+        states.append(_state(coupling, z, vote_length))
+        if done < rounds - 1:
+            direction = torch.nn.functional.normalize(z, dim=-1, eps=1e-12)
+            logits = logits + votes @ direction.transpose(2, 3) / vote_length.clamp(min=1e-12)
+    return states
+
+
+def _state(coupling: Tensor, z: Tensor, vote_length: Tensor) -> RoutingState:
+    """From the layout used while routing, with axes [B, J, I, d], to the paper's."""
+    total = (coupling * vote_length).sum((2, 3)).clamp(min=1e-12)
+    agreement = torch.linalg.vector_norm(z.squeeze(2), dim=-1) / total
+    return RoutingState(coupling.squeeze(3).transpose(1, 2), z.squeeze(2), agreement)
+
+
+def _votes(x: Tensor, W: Tensor) -> Tensor:
+    """Every lower capsule's prediction of every upper capsule, z_{j given i} = W_ij x_i, as [B, J, I, d]."""
+    lower, upper, d, e = W.shape
+    votes = x.transpose(0, 1) @ W.permute(0, 3, 1, 2).reshape(lower, e, upper * d)
+    return votes.view(lower, len(x), upper, d).permute(1, 2, 0, 3).contiguous()
+
+
+def forward_map(
+    x: Float[Tensor, "B I e"], W: Float[Tensor, "I J d e"], coupling: Float[Tensor, "B I J"]
+) -> Float[Tensor, "B J d"]:
+    """z_j = sum over i of c_ij W_ij x_i for given couplings.  Eq. 3; in Algorithm 1 "route capsules forward"."""
+    by_upper = zip(coupling.permute(2, 0, 1).contiguous(), matrices(W))
+    return torch.stack([_forward_one(x, c, matrix) for c, matrix in by_upper], dim=1)
+
+
+def _forward_one(x: Tensor, c: Tensor, matrix: Tensor) -> Tensor:
+    """One upper capsule's z, [B, d]; images that do not couple to it cost nothing."""
+    rows = c.detach().abs().amax(1).nonzero()[:, 0]
+    if len(rows) == len(x):
+        return (c.unsqueeze(2) * x).flatten(1) @ matrix
+    z = (c[rows].unsqueeze(2) * x[rows]).flatten(1) @ matrix
+    return z.new_zeros(len(x), matrix.shape[1]).index_add(0, rows, z)
+
+
+def reverse_map(
+    capsules: Float[Tensor, "B J d"], W: Float[Tensor, "I J d e"], coupling: Float[Tensor, "B I J"]
+) -> Float[Tensor, "B I e"]:
+    """z_i = sum over j of c_ij W_ijᵀ x_j for given couplings; in Algorithm 1 "reconstruct input capsules"."""
+    batch, lower, _ = coupling.shape
+    result = capsules.new_zeros(batch, lower, W.shape[3])
+    for h, c, matrix in zip(capsules.unbind(1), coupling.permute(2, 0, 1).contiguous(), matrices(W)):
+        rows = c.detach().abs().amax(1).nonzero()[:, 0]
+        part = c[rows].unsqueeze(2) * (h[rows] @ matrix.T).view(len(rows), lower, W.shape[3])
+        result = result.index_add(0, rows, part)
+    return result
+
+
+def matrices(W: Float[Tensor, "I J d e"]) -> tuple[Tensor, ...]:
+    """One [I·e, d] matrix for each upper capsule."""
+    lower, upper, d, e = W.shape
+    return W.permute(1, 0, 3, 2).reshape(upper, lower * e, d).unbind(0)
+
+
+def _check(x: Tensor, W: Tensor) -> None:
+    require_shape(W, (None, None, None, None), "W", "[I, J, d, e]")
+    require_shape(x, (None, W.shape[0], W.shape[3]), "x", "[B, I, e] with the I and e of W [I, J, d, e]")
+    require_floats(x=x, W=W)
+    require_finite(x=x, W=W)

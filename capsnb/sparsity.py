@@ -1,0 +1,78 @@
+"""Which upper capsules may fire: how well each explains the image, rank mask, boosting.
+
+Rank mask and boosting follow Rawlinson 2018 (their eq. 3 and section 2.3), the mask that grows sharper the neural gas
+of Martinetz 1991. Ranking by what a capsule alone sends back, and sharing the couplings out again among the capsules
+left on, are ours.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from capsnb.capsules import squash
+from capsnb.routing import matrices
+from capsnb.settings import SparsitySettings
+
+
+def explanation(x: Float[Tensor, "B I e"], W: Float[Tensor, "I J d e"]) -> Float[Tensor, "B J"]:
+    """The cosine between x and the model phase of each upper capsule alone, coupled to everything with weight 1.
+
+    It asks of every expert: if you alone had to send the image back, how much of it would come back?
+    """
+    flat, cosines = x.flatten(1), []
+    for matrix in matrices(W):
+        sent_back = squash((squash(flat @ matrix) @ matrix.T).view_as(x))
+        cosines.append(torch.cosine_similarity(sent_back.flatten(1), flat, dim=1))
+    return torch.stack(cosines, dim=1)
+
+
+def rank_mask(score: Float[Tensor, "B J"], gamma: float, cut: float) -> Float[Tensor, "B J"]:
+    """exp(-gamma rank/(J - 1)), rank 0 the highest score; values below ``cut`` are 0.  Rawlinson 2018, eq. 3."""
+    rank = score.argsort(dim=1, descending=True).argsort(dim=1).to(score)
+    mask = torch.exp(-gamma * rank / max(score.shape[1] - 1, 1))
+    return torch.where(mask < cut, 0, mask)
+
+
+def share_out(coupling: Float[Tensor, "B I J"], mask: Float[Tensor, "B J"]) -> Float[Tensor, "B I J"]:
+    """The couplings times the mask, made to sum to 1 over the capsules left on."""
+    masked = coupling * mask.unsqueeze(1)
+    return masked / masked.sum(2, keepdim=True).clamp(min=1e-12)
+
+
+class Sparsity(nn.Module):
+    """The state behind the mask: the share of the images that every capsule wins of late, and its boost."""
+
+    def __init__(self, capsules: int, settings: SparsitySettings, steps: int):
+        super().__init__()
+        self.settings, self.steps = settings, steps
+        self.register_buffer("share", torch.full((capsules,), 1 / capsules))
+        self.register_buffer("boost", torch.zeros(capsules))
+        self.register_buffer("updates", torch.zeros(()))
+
+    def mask(self, explanation: Float[Tensor, "B J"]) -> Float[Tensor, "B J"]:
+        """While training the rank mask of the score; afterwards 1 for those that explain most, without any boost."""
+        if self.training:
+            return rank_mask(self.score(explanation), self.gamma, self.settings.cut)
+        on = explanation.topk(self.settings.on_after_training, dim=1).indices
+        return torch.zeros_like(explanation).scatter(1, on, 1.0)
+
+    def score(self, explanation: Float[Tensor, "B J"]) -> Float[Tensor, "B J"]:
+        """What capsules are ranked by while training: the explanation plus the boost."""
+        return explanation + self.boost
+
+    @property
+    def gamma(self) -> float:
+        """The mask's sharpness now: from ``gamma_first`` to ``gamma_last`` over training, as in a neural gas."""
+        first, last = self.settings.gamma_first, self.settings.gamma_last
+        return first + (last - first) * min(1.0, self.updates.item() / self.steps)
+
+    @torch.no_grad()
+    def update(self, explanation: Float[Tensor, "B J"]) -> None:
+        """Move the winning shares towards this batch, and the boosts of capsules that win too seldom or too often."""
+        settings, count = self.settings, explanation.shape[1]
+        self.updates += 1
+        winner = self.score(explanation).argmax(1)
+        wins = torch.bincount(winner, minlength=count) / len(explanation)
+        self.share.lerp_(wins.to(self.share), 1 - settings.running)
+        self.boost += settings.boost_step * (self.share < settings.share_low / count)
+        self.boost -= settings.boost_step * (self.share > settings.share_high / count)

@@ -1,0 +1,83 @@
+"""What several test files use."""
+
+import gzip
+from dataclasses import replace
+
+import jaxtyping
+import matplotlib
+import pytest
+import torch
+from make_samples import idx
+
+from capsnb import data, settings
+from capsnb.model import ExpertCapsules
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def rng():
+    """Every test draws the same numbers, whatever ran before."""
+    return torch.Generator().manual_seed(17)
+
+
+@pytest.fixture
+def double(rng):
+    """Normal numbers of a shape, in float64."""
+    return lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64)
+
+
+@pytest.fixture
+def as_users_run(monkeypatch):
+    """Without the run-time checks of annotations, which tests have and users do not."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def small_settings():
+    """A preset by its name, for a model of 72 lower capsules of 3 and 5 upper ones of 7, trained for a few updates."""
+
+    def shrink(preset="sparse"):
+        chosen = settings.PRESETS[preset]
+        return replace(
+            chosen,
+            autoencoder=replace(chosen.autoencoder, channels=6, capsule_dim=3, epochs=2.0, batch=31),
+            encoder=replace(chosen.encoder, capsules=5, dim=7, steps=5, batch=31),
+            decoder=replace(chosen.decoder, steps=5, batch=31),
+        )
+
+    return shrink
+
+
+@pytest.fixture
+def small_model(small_settings):
+    """An untrained small model in evaluation mode, with biases, an origin and poses that are not zero."""
+    torch.manual_seed(23)
+    model = ExpertCapsules(small_settings()).eval()
+    with torch.no_grad():
+        for bias in model.autoencoder.biases:
+            bias.normal_(std=0.1)
+    model.autoencoder.centre()
+    model.poses.fit(model.encode(data.load("mnist", "train", sample=True)[0][:101]))
+    return model
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The shipped MNIST training images and labels."""
+    return data.load("mnist", "train", sample=True)
+
+
+@pytest.fixture(scope="session")
+def write_folder():
+    """Write the four IDX files of images and labels given as bytes by split, gzipped if ``packed``."""
+
+    def write(folder, splits, *, packed=False):
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, (images, labels) in splits.items():
+            for name, content in (("images-idx3", images), ("labels-idx1", labels)):
+                path = folder / f"{'train' if split == 'train' else 't10k'}-{name}-ubyte{'.gz' if packed else ''}"
+                path.write_bytes(gzip.compress(idx(content)) if packed else idx(content))
+        return folder
+
+    return write
