@@ -1,0 +1,165 @@
+"""The command line: python -m capsnb train | sample | evaluate | export | web."""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from capsnb import checkpoints, data, plots, runs, settings, web_export
+from capsnb.evaluation import evaluate, single_capsule_images
+from capsnb.pretrained import NAMES, load_model, load_pretrained, save_model
+from capsnb.sampling import DOMAINS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command in ``arguments`` (default: the process's); 0 when done, 2 after a message about bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (ValueError, OSError) as error:
+        print(f"capsnb: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ncapsnb: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train the stages asked for."""
+    chosen = settings.PRESETS[options.preset]
+    if options.autoencoder:
+        chosen = replace(chosen, autoencoder=replace(chosen.autoencoder, reading=options.autoencoder))
+    chosen = settings.quick(chosen) if options.quick else chosen
+    stages = runs.STAGES if options.stage == "all" else (int(options.stage),)
+    images, _ = data.load(options.dataset, "train", sample=_sample(options))
+    run = runs.Run(chosen, options.dataset, options.out, options.seed, options.device, options.quick)
+    runs.train(run, images, stages=stages, resume=options.resume)
+    print(f"{options.out} holds stage {options.stage} of {options.preset}: {len(images)} images of {options.dataset}")
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Draw a picture in the style of Fig. 2."""
+    if options.rows < 1:
+        raise ValueError(f"--rows is {options.rows}, expected at least 1")
+    model, rng = _model(options.model), torch.Generator().manual_seed(options.seed)
+    images = single_capsule_images(model, options.rows, domain=options.domain, rng=rng)
+    figure = plots.show_grid(images, title=f"{options.model}, {options.domain} domain")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out, dpi=150)
+    print(f"{options.out}: {options.rows} uncurated samples of every capsule, {options.domain} domain")
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Print the measures of a model as a table, and write them as JSON."""
+    model = _model(options.model)
+    train_split = data.load(options.dataset, "train", sample=_sample(options))
+    test_split = data.load(options.dataset, "test", sample=_sample(options))
+    measures = evaluate(model, train_split, test_split, seed=options.seed)
+    facts = {"model": str(options.model), "dataset": options.dataset, "seed": options.seed}
+    content = facts | {"versions": runs.versions(), "measures": measures}
+    for name, value in measures.items():
+        if not isinstance(value, (list, dict)):
+            print(f"{name:28s} {value:.4g}")
+    for domain, values in measures["samples"].items():
+        print(f"{domain + ' domain':28s} " + "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
+    if options.out:
+        checkpoints.write_json(options.out, content)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a trained run's model in half precision, as the shipped weights are."""
+    _, facts = checkpoints.read(options.run / "model.safetensors")
+    kept = {name: facts[name] for name in ("dataset", "seed", "quick", "images", "versions")}
+    model = load_model(options.run / "model.safetensors")
+    save_model(model, options.out, dtype=torch.float16, autoencoder=options.share_autoencoder, **kept)
+    checkpoints.write_json(
+        options.out.with_suffix(".metrics.json"), checkpoints.read_json(options.run / "metrics.json")
+    )
+
+
+def web(options: argparse.Namespace) -> None:
+    """Write what the website's widgets read: the default models as small files for the browser."""
+    for dataset in web_export.DATASETS:
+        web_export.write(load_pretrained(dataset), dataset, options.out)
+        sizes = {path.name: path.stat().st_size for path in sorted(options.out.glob(f"{dataset}.*"))}
+        print("  ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()))
+
+
+def _model(name: str):
+    return load_pretrained(name) if name in NAMES else load_model(name)
+
+
+def _sample(options: argparse.Namespace) -> bool | None:
+    """Quick runs take the shipped sample where there is one."""
+    return True if options.quick and data.has_sample(options.dataset) else None
+
+
+def _device(name: str) -> str:
+    """``name``, if tensors can be made there."""
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({reason}); try cpu") from error
+    return name
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m capsnb", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    _add_train(commands.add_parser("train", help="train a model, stage by stage"))
+    _add_sample(commands.add_parser("sample", help="a picture in the style of Fig. 2"))
+    _add_evaluate(commands.add_parser("evaluate", help="a table of measures, as text and JSON"))
+    _add_export(commands.add_parser("export", help="a trained run as a half-precision weight file"))
+    _add_web(commands.add_parser("web", help="the default models, small, for the widgets of the website"))
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=train)
+    parser.add_argument("--dataset", required=True, help="mnist, fashion-mnist, kmnist or a folder of four IDX files")
+    parser.add_argument("--preset", choices=settings.PRESETS, default="sparse")
+    parser.add_argument("--autoencoder", choices=("centred", "bias-free"), help="reading of stage 1")
+    parser.add_argument("--stage", choices=("1", "2", "3", "all"), default="all")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoints")
+    parser.add_argument("--quick", action="store_true", help="a few updates on the shipped sample: for checks only")
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=sample)
+    parser.add_argument("--model", default="mnist", help="a shipped model's name, or a weight file")
+    parser.add_argument("--domain", choices=DOMAINS, default="complete")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--out", type=Path, required=True, help="picture to write")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=measure)
+    parser.add_argument("--model", default="mnist", help="a shipped model's name, or a weight file")
+    parser.add_argument("--dataset", default="mnist")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--quick", action="store_true", help="measure on the shipped sample: for checks only")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=export)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("out", type=Path, help="weight file to write")
+    parser.add_argument("--share-autoencoder", metavar="FILE", help="weight file beside it that holds the same stage 1")
+
+
+def _add_web(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=web)
+    parser.add_argument("--out", type=Path, default=Path("book/_static/weights"), help="folder to write to")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

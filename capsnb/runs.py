@@ -1,0 +1,186 @@
+"""A whole training run in a folder: the three stages, their checkpoints, the finished model and its metrics.
+
+    stage1.safetensors  stage2.safetensors  stage3.safetensors   checkpoints, kept, so that --resume finds them
+    model.safetensors                                            the finished model
+    metrics.json                                                 seed, versions, settings, seconds, curves
+"""
+
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import capsnb
+from capsnb import checkpoints, training
+from capsnb.capsules import squash
+from capsnb.model import ExpertCapsules
+from capsnb.pretrained import save_model
+from capsnb.settings import Settings
+
+STAGES = (1, 2, 3)
+_PARTS = {1: "autoencoder", 2: "encoder", 3: "decoder"}
+_CURVE_EVERY = 10  # steps averaged into one point of a curve
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what is trained on which data, with which seed, into which folder."""
+
+    settings: Settings
+    dataset: str
+    out: Path
+    seed: int = 0
+    device: str = "cpu"
+    quick: bool = False
+
+
+def train(run: Run, images: Tensor, *, stages: tuple[int, ...] = STAGES, resume: bool = False) -> ExpertCapsules:
+    """Train ``stages`` of ``run`` on ``images``, going on from its checkpoints if ``resume``; returns the model.
+
+    Raises FileExistsError when the folder holds such a stage already and ``resume`` is off, ValueError when it holds a
+    run with other settings, FileNotFoundError when an earlier stage is missing.
+    """
+    metrics = _open(run, len(images), stages, resume)
+    torch.manual_seed(run.seed)
+    model = ExpertCapsules(run.settings).to(run.device)
+    encoded = _Encoded(model, images)
+    for stage in STAGES[: max(stages)]:
+        if _is_finished(run, stage):
+            tensors, _ = checkpoints.read(_checkpoint(run, stage))
+            getattr(model, _PARTS[stage]).load_state_dict(tensors)
+        elif stage in stages:
+            _train_stage(encoded, run, stage, metrics)
+        else:
+            raise FileNotFoundError(f"{run.out} has no finished stage {stage}; run it with --stage {stage}")
+    if 3 in stages:
+        _finish(encoded, run, metrics)
+    return model.eval()
+
+
+def lower_preactivations(model: ExpertCapsules, images: Tensor) -> Tensor:
+    """Stage 1's capsules of all ``images`` on the CPU, in half precision to halve their memory."""
+    device = model.poses.mean.device
+    result = []
+    for part in images.split(500):
+        with torch.no_grad(), training.autocast(device):
+            lower = model.lower_preactivations(part.to(device))
+        result.append(lower.to("cpu", torch.float16))
+    return torch.cat(result)
+
+
+def upper_capsules(model: ExpertCapsules, lower: Tensor) -> Tensor:
+    """Stage 2's capsules from what ``lower_preactivations`` gave, on the CPU."""
+    device = model.poses.mean.device
+    with torch.no_grad():
+        parts = (squash(part.to(device).float()) for part in lower.split(500))
+        return torch.cat([model.encoder.encode(part).cpu() for part in parts])
+
+
+class _Encoded:
+    """The images, and what each finished stage makes of them: encoded when first asked for, then kept."""
+
+    def __init__(self, model: ExpertCapsules, images: Tensor):
+        self.model, self.images = model, images
+
+    @cached_property
+    def lower(self) -> Tensor:
+        """What ``lower_preactivations`` gives; stage 1 must be finished."""
+        return lower_preactivations(self.model.eval(), self.images)
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """What ``upper_capsules`` gives; stage 2 must be finished."""
+        return upper_capsules(self.model.eval(), self.lower)
+
+
+def _train_stage(encoded: _Encoded, run: Run, stage: int, metrics: dict) -> None:
+    model = encoded.model.eval()
+    _follow(_updates(encoded, run, stage), run, stage, metrics)
+    part = getattr(model, _PARTS[stage])
+    facts = {"finished": True, "settings": asdict(part.settings), "seed": run.seed}
+    checkpoints.write(_checkpoint(run, stage), part.state_dict(), **facts)
+
+
+def _updates(encoded: _Encoded, run: Run, stage: int) -> Iterator[training.Step]:
+    """The updates of ``stage``; encoding the images for it, where that is not done yet, counts as its time too."""
+    model, options = encoded.model, {"seed": run.seed, "checkpoint": _checkpoint(run, stage)}
+    if stage == 1:
+        yield from training.train_autoencoder(model.autoencoder, encoded.images, **options)
+    elif stage == 2:
+        yield from training.train_encoder(model.encoder, encoded.lower, **options)
+    else:
+        yield from training.train_decoder(model.decoder, encoded.upper, encoded.lower, **options)
+
+
+def _follow(steps: Iterator[training.Step], run: Run, stage: int, metrics: dict) -> None:
+    """Run ``steps`` to their end behind a progress bar, keeping the curve and the seconds in ``metrics``."""
+    record = metrics["stages"].setdefault(str(stage), {"seconds": 0.0, "steps": [], "loss": []})
+    started = written = time.monotonic()
+    before, losses, bar = record["seconds"], [], None
+    for step in steps:
+        if bar is None:
+            bar = tqdm(total=step.steps, initial=step.step - 1, desc=f"stage {stage}: {_PARTS[stage]}", mininterval=1.0)
+            keep = sum(done < step.step for done in record["steps"])
+            record["steps"], record["loss"] = record["steps"][:keep], record["loss"][:keep]
+        bar.update()
+        losses.append(step.loss)
+        if step.step % _CURVE_EVERY == 0 or step.step == step.steps:
+            record["steps"].append(step.step)
+            record["loss"].append(round(sum(losses) / len(losses), 6))
+            losses = []
+            bar.set_postfix(loss=f"{record['loss'][-1]:.4f}")
+        record["seconds"] = round(before + time.monotonic() - started, 1)
+        if time.monotonic() - written > 30:
+            checkpoints.write_json(run.out / "metrics.json", metrics)
+            written = time.monotonic()
+    if bar is not None:
+        bar.close()
+    checkpoints.write_json(run.out / "metrics.json", metrics)
+
+
+def _finish(encoded: _Encoded, run: Run, metrics: dict) -> None:
+    model = encoded.model.eval()
+    model.poses.fit(encoded.upper)
+    facts = {"dataset": run.dataset, "seed": run.seed, "quick": run.quick, "images": len(encoded.images)}
+    save_model(model.cpu(), run.out / "model.safetensors", **facts, versions=metrics["versions"])
+
+
+def _checkpoint(run: Run, stage: int) -> Path:
+    return run.out / f"stage{stage}.safetensors"
+
+
+def _is_finished(run: Run, stage: int) -> bool:
+    """Whether the stage is done; its file then says with which settings, which must be this run's."""
+    if not _checkpoint(run, stage).exists():
+        return False
+    _, facts = checkpoints.read(_checkpoint(run, stage))
+    wanted = asdict(getattr(run.settings, _PARTS[stage]))
+    if facts["settings"] != wanted:
+        raise ValueError(f"{run.out} holds stage {stage} with other settings; choose another --out")
+    return facts.get("finished", False)
+
+
+def _open(run: Run, images: int, stages: tuple[int, ...], resume: bool) -> dict:
+    """The metrics of this run so far, after checking that what the folder holds belongs to it."""
+    begun = [stage for stage in stages if _checkpoint(run, stage).exists()]
+    if begun and not resume:
+        raise FileExistsError(f"{run.out} holds stage {begun[0]} already; add --resume to go on, or change --out")
+    facts = {"dataset": run.dataset, "images": images, "seed": run.seed, "quick": run.quick}
+    facts["settings"] = asdict(run.settings)
+    path = run.out / "metrics.json"
+    metrics = checkpoints.read_json(path) if path.exists() else {"stages": {}}
+    for name, value in facts.items():
+        if metrics.get(name, value) != value:
+            raise ValueError(f"{run.out} holds a run with {name} {metrics[name]}, not {value}; choose another --out")
+    return facts | {"versions": versions(), "device": run.device, "stages": metrics["stages"]}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    return {"capsnb": capsnb.__version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,181 @@
+"""The three stages of training, each a generator that yields after every update.
+
+    for step in train_encoder(encoder, x, seed=0):
+        print(step.loss)
+
+Everything drawn at a step depends on the seed and the step's number alone, so a run that was interrupted and resumed
+from its checkpoint ends with the same weights as one that was not.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from capsnb import checkpoints
+from capsnb.capsules import squash
+from capsnb.checks import require_choice, require_images
+from capsnb.model import CapsuleDecoder, CapsuleEncoder, ConvAutoencoder
+from capsnb.optim import OrthogonalMomentum
+
+_SECONDS_BETWEEN_CHECKPOINTS = 30.0
+
+
+class Step(NamedTuple):
+    """One update: its number (1 is the first), the number of all, the loss before it, the learning rate."""
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a module is minimised."""
+
+    optimiser: torch.optim.Optimizer
+    learning_rate: float
+    steps: int
+    batch: int
+    warmup: int
+    autocast: bool
+
+
+def train_autoencoder(
+    autoencoder: ConvAutoencoder, images: Float[Tensor, "N 1 28 28"], *, seed: int, checkpoint: Path | None = None
+) -> Iterator[Step]:
+    """Stage 1: fit the convolutional autoencoder by cross-entropy, then fix the empty image's code.  Section 4.1."""
+    require_images(images)
+    settings = autoencoder.settings
+    optimiser = torch.optim.Adam(autoencoder.parameters(), settings.learning_rate)
+    steps = max(1, round(settings.epochs * len(images) / settings.batch))
+    plan = _Plan(optimiser, settings.learning_rate, steps, settings.batch, warmup=100, autocast=True)
+    yield from _minimise(autoencoder, (images,), plan, seed=seed, checkpoint=checkpoint)
+    autoencoder.centre()
+
+
+def train_encoder(
+    encoder: CapsuleEncoder, z_lower: Float[Tensor, "N I e"], *, seed: int, checkpoint: Path | None = None
+) -> Iterator[Step]:
+    """Stage 2: Algorithm 1 on lower capsules x = squash(``z_lower``), with the optimiser of the encoder's settings."""
+    settings = encoder.settings
+    plan = _Plan(_optimiser(encoder, settings), settings.learning_rate, settings.steps, settings.batch, 50, False)
+    yield from _minimise(encoder, (z_lower,), plan, seed=seed, checkpoint=checkpoint, prepare=squash)
+
+
+def train_decoder(
+    decoder: CapsuleDecoder,
+    capsules: Float[Tensor, "N J d"],
+    z_lower: Float[Tensor, "N I e"],
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> Iterator[Step]:
+    """Stage 3: learn U from the upper capsules and the lower ones they came from, by the rule of its settings.
+
+    The "least-squares" rule is solved in one step; it needs images with one capsule on. Raises ValueError otherwise.
+    """
+    settings = decoder.settings
+    if settings.rule == "least-squares":
+        solve_decoder(decoder, capsules, z_lower)
+        yield Step(1, 1, decoder(capsules[:1000], z_lower[:1000].float()).item(), 0.0)
+        return
+    plan = _Plan(_optimiser(decoder, settings), settings.learning_rate, settings.steps, settings.batch, 50, False)
+    yield from _minimise(decoder, (capsules, z_lower), plan, seed=seed, checkpoint=checkpoint)
+
+
+@torch.no_grad()
+def solve_decoder(decoder: CapsuleDecoder, capsules: Float[Tensor, "N J d"], z_lower: Float[Tensor, "N I e"]) -> None:
+    """Set U to the ridge regression of the lower capsules on the pose of the one capsule that is on (so e_ji = 1)."""
+    if (capsules.abs().amax(2) > 0).sum(1).max() > 1:
+        raise ValueError("least squares needs one capsule on per image; use the 'gradient' or 'literal' rule instead")
+    code = capsules.flatten(1)
+    gram = code.T @ code
+    ridge = decoder.settings.ridge * gram.diagonal().mean()
+    moments = sum(c.T @ z.flatten(1).float() for c, z in zip(code.split(1000), z_lower.split(1000)))
+    solution = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), moments)
+    upper, lower, e, d = decoder.U.shape
+    decoder.U.copy_(solution.view(upper, d, lower, e).permute(0, 2, 3, 1))
+
+
+def _optimiser(module: nn.Module, settings) -> torch.optim.Optimizer:
+    require_choice(settings.optimiser, ("sgd", "adam", "orthogonal"), "optimiser")
+    parameters, rate, decay = module.parameters(), settings.learning_rate, settings.weight_decay
+    if settings.optimiser == "adam":
+        return torch.optim.Adam(parameters, rate, weight_decay=decay)
+    kind = torch.optim.SGD if settings.optimiser == "sgd" else OrthogonalMomentum
+    return kind(parameters, rate, momentum=settings.momentum, weight_decay=decay)
+
+
+def _minimise(
+    module: nn.Module,
+    data: tuple[Tensor, ...],
+    plan: _Plan,
+    *,
+    seed: int,
+    checkpoint: Path | None,
+    prepare: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Iterator[Step]:
+    """Minimise ``module(*batch)``; yield after every update; save to and go on from ``checkpoint``."""
+    device = next(module.parameters()).device
+    facts = {"settings": asdict(module.settings), "seed": seed, "rows": len(data[0])}
+    done = _resume(module, plan.optimiser, checkpoint, facts)
+    saved = time.monotonic()
+    module.train()
+    for step in range(done, plan.steps):
+        rate = plan.learning_rate * min(1, (step + 1) / plan.warmup) * (1 - step / plan.steps)
+        for group in plan.optimiser.param_groups:
+            group["lr"] = rate
+        rows = batch_rows(len(data[0]), plan.batch, step, seed)
+        batch = [prepare(part[rows].to(device).float()) for part in data]
+        with torch.random.fork_rng(), autocast(device, plan.autocast):
+            torch.manual_seed(seed * 1_000_003 + step)
+            loss = module(*batch)
+        if not loss.isfinite():
+            raise ValueError(f"the loss is {loss.item()} at step {step + 1}; lower the learning rate and resume")
+        plan.optimiser.zero_grad()
+        loss.backward()
+        plan.optimiser.step()
+        last = step + 1 == plan.steps
+        if checkpoint and (last or time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS):
+            tensors = module.state_dict() | checkpoints.pack_optimiser(plan.optimiser)
+            checkpoints.write(checkpoint, tensors, step=step + 1, **facts)
+            saved = time.monotonic()
+        yield Step(step + 1, plan.steps, loss.item(), rate)
+    module.eval()
+
+
+def batch_rows(count: int, batch: int, step: int, seed: int) -> Tensor:
+    """The rows of the batch of ``step``: every epoch a new order of all rows, the incomplete last batch left out."""
+    per_epoch = max(1, count // batch)
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return order[place * batch : (place + 1) * batch]
+
+
+def autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
+    """bf16 autocast where the hardware has it, else nothing."""
+    if device.type == "cuda":
+        available = torch.cuda.is_bf16_supported()
+    else:
+        available = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted and available)
+
+
+def _resume(module: nn.Module, optimiser: torch.optim.Optimizer, path: Path | None, facts: dict) -> int:
+    """Load ``path`` if it exists; the number of steps that it holds.  Raises ValueError if it is another run's."""
+    if path is None or not path.exists():
+        return 0
+    tensors, found = checkpoints.read(path)
+    for name, value in facts.items():
+        if found.get(name) != value:
+            raise ValueError(f"{path} was made with {name} {found.get(name)}, not {value}; use another folder")
+    module.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith("optimiser/")})
+    checkpoints.unpack_optimiser(optimiser, tensors)
+    return found["step"]
