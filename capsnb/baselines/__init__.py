@@ -1,0 +1,1 @@
+"""Models that the expert capsules are compared with."""

@@ -1,0 +1,221 @@
+"""The RBM against brute force: every state of a tiny machine is written out."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from capsnb.baselines.rbm import (
+    RBM,
+    RBMSettings,
+    all_states,
+    ascend,
+    cd_gradient,
+    energy,
+    eq2_term,
+    exact_gradient,
+    free_energy,
+    gibbs_step,
+    hidden_probability,
+    log_likelihood,
+    log_z,
+    model_term,
+    new_rbm,
+    train_rbm,
+    visible_probability,
+)
+
+V, H, BATCH = 5, 3, 7
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(visible=V, hidden=H, seed=0):
+    rng = generator(seed)
+    draw = (torch.randn(*shape, generator=rng).double() for shape in ((visible, hidden), (visible,), (hidden,)))
+    return RBM(*draw)
+
+
+def data(seed=1):
+    return torch.bernoulli(torch.full((BATCH, V), 0.4), generator=generator(seed)).double()
+
+
+def flat(rbm):
+    return torch.cat([part.flatten() for part in rbm])
+
+
+def unflat(vector, like):
+    pieces = vector.split([part.numel() for part in like])
+    return RBM(*(piece.view_as(part) for piece, part in zip(pieces, like)))
+
+
+def joint(rbm):
+    """p(v, h) of every configuration, as a dictionary, by plain loops over eq. 1."""
+    w, b, c = (part.numpy() for part in rbm)
+    unnormalised = {}
+    for v in product((0, 1), repeat=len(b)):
+        for h in product((0, 1), repeat=len(c)):
+            pairs = sum(w[i, j] * v[i] * h[j] for i in range(len(b)) for j in range(len(c)))
+            unnormalised[v, h] = np.exp(pairs + sum(b[i] * v[i] for i in range(len(b))) + np.dot(c, h))
+    total = sum(unnormalised.values())
+    return {state: value / total for state, value in unnormalised.items()}, np.log(total)
+
+
+def test_log_z_is_the_log_of_the_sum_over_every_configuration_whichever_layer_is_smaller():
+    for rbm in (tiny(5, 3), tiny(3, 5)):
+        assert log_z(rbm).item() == pytest.approx(joint(rbm)[1], rel=1e-12)
+
+
+def test_log_z_of_a_machine_with_one_small_layer_enumerates_that_one():
+    one_way = tiny(23, 3)
+    other_way = RBM(one_way.w.T, one_way.c, one_way.b)
+    assert_close(log_z(one_way), log_z(other_way))
+
+
+def test_energy_and_log_z_give_the_probability_of_every_configuration():
+    rbm = tiny()
+    for (v, h), probability in joint(rbm)[0].items():
+        found = (-energy(rbm, torch.tensor([v]).double(), torch.tensor([h]).double()) - log_z(rbm)).exp()
+        assert found.item() == pytest.approx(probability, rel=1e-10)
+
+
+def test_log_likelihood_is_the_joint_summed_over_the_hidden_units():
+    rbm = tiny()
+    probability = joint(rbm)[0]
+    for v in all_states(V).double():
+        marginal = sum(p for (state, _), p in probability.items() if state == tuple(v.int().tolist()))
+        assert log_likelihood(rbm, v[None]).exp().item() == pytest.approx(marginal, rel=1e-10)
+
+
+def test_the_conditionals_are_those_of_the_enumerated_joint():
+    rbm = tiny()
+    probability = joint(rbm)[0]
+    v, h = (1, 0, 1, 1, 0), (0, 1, 1)
+    given_v = {state[1]: p for state, p in probability.items() if state[0] == v}
+    given_h = {state[0]: p for state, p in probability.items() if state[1] == h}
+    hidden = [sum(p for s, p in given_v.items() if s[j]) / sum(given_v.values()) for j in range(H)]
+    visible = [sum(p for s, p in given_h.items() if s[i]) / sum(given_h.values()) for i in range(V)]
+    assert_close(hidden_probability(rbm, torch.tensor([v]).double())[0], torch.tensor(hidden).double())
+    assert_close(visible_probability(rbm, torch.tensor([h]).double())[0], torch.tensor(visible).double())
+
+
+def test_the_first_term_of_eq_2_is_minus_the_derivative_of_the_free_energy():
+    rbm = RBM(*(part.requires_grad_() for part in tiny()))
+    gradient = torch.autograd.grad(-free_energy(rbm, data()).mean(), rbm)
+    assert_close(flat(eq2_term(rbm, data())), flat(gradient))
+
+
+@pytest.mark.parametrize("visible, hidden", [(5, 3), (3, 5)])
+def test_the_model_term_is_the_derivative_of_log_z(visible, hidden):
+    rbm = RBM(*(part.requires_grad_() for part in tiny(visible, hidden)))
+    assert_close(flat(model_term(rbm)), flat(torch.autograd.grad(log_z(rbm), rbm)))
+
+
+def test_the_exact_gradient_agrees_with_finite_differences_of_the_exact_log_likelihood():
+    rbm, v, step = tiny(), data(), 1e-6
+    point = flat(rbm)
+    slopes = torch.zeros_like(point)
+    for k in range(len(point)):
+        nudge = torch.zeros_like(point)
+        nudge[k] = step
+        up, down = (log_likelihood(unflat(point + sign * nudge, rbm), v).mean() for sign in (1, -1))
+        slopes[k] = (up - down) / (2 * step)
+    assert_close(flat(exact_gradient(rbm, v)), slopes, atol=1e-8, rtol=1e-6)
+
+
+def test_the_exact_likelihood_rises_at_every_step_along_the_exact_gradient():
+    rbm, v = tiny(), data()
+    values = []
+    for _ in range(50):
+        values.append(log_likelihood(rbm, v).mean().item())
+        rbm = ascend(rbm, exact_gradient(rbm, v), 0.1)
+    assert all(later > earlier for earlier, later in zip(values, values[1:]))
+    assert values[-1] > values[0] + 0.5
+
+
+def test_the_exact_likelihood_of_the_data_rises_while_contrastive_divergence_trains():
+    v = data().repeat(20, 1)
+    rbm = new_rbm(v, H, rng=generator(), deviation=0.5)
+    before = log_likelihood(rbm, v).mean()
+    losses = [
+        step.loss for step in train_rbm(rbm, v, RBMSettings(epochs=100, batch=20, learning_rate=0.5), rng=generator())
+    ]
+    assert log_likelihood(rbm, v).mean() > before + 0.2
+    assert np.mean(losses[-20:]) < np.mean(losses[:20])
+
+
+def test_long_gibbs_chains_visit_states_as_often_as_the_exact_distribution_says():
+    rbm, rng = tiny(3, 2), generator(3)
+    v = torch.bernoulli(torch.full((40_000, 3), 0.5), generator=rng).double()
+    for _ in range(30):
+        v = gibbs_step(rbm, v, rng=rng)
+    numbers = (v.long() * torch.tensor([4, 2, 1])).sum(1)
+    share = torch.bincount(numbers, minlength=8) / len(v)
+    assert_close(share.double(), log_likelihood(rbm, all_states(3).double()).exp(), atol=0.01, rtol=0)
+
+
+def test_contrastive_divergence_with_many_steps_approaches_the_exact_gradient():
+    rbm, v, rng = tiny(), data(), generator(4)
+    estimate = cd_gradient(rbm, v.repeat(6_000, 1), rng=rng, steps=50)
+    assert_close(flat(estimate), flat(exact_gradient(rbm, v)), atol=0.01, rtol=0)
+
+
+def test_persistent_chains_go_on_where_they_were_and_the_others_start_at_the_data():
+    copies = RBM(*(torch.full(size, value).double() for size, value in (((1, 1), 2e3), ((1,), -1e3), ((1,), -1e3))))
+    zero_then_one = torch.tensor([[0.0], [1.0]]).double()
+
+    def moved(persistent):
+        rbm = RBM(*(part.clone() for part in copies))
+        settings = RBMSettings(epochs=1, batch=1, weight_decay=0.0, persistent=persistent)
+        list(train_rbm(rbm, zero_then_one, settings, rng=generator()))
+        return (rbm.b - copies.b).item()
+
+    assert moved(persistent=False) == 0  # every chain is a copy of its image
+    assert moved(persistent=True) > 0.01  # the chain that began at the zero is still there
+
+
+def test_an_untrained_rbm_without_weights_has_every_unit_on_as_often_as_the_data():
+    rbm = new_rbm(data(), H, rng=generator(), deviation=0.0)
+    assert_close(model_term(rbm).b, data().mean(0).clamp(0.01, 0.99))
+
+
+def test_the_same_generator_state_gives_the_same_training():
+    def trained():
+        rbm = new_rbm(data(), H, rng=generator(5))
+        list(train_rbm(rbm, data(), RBMSettings(epochs=3, batch=2), rng=generator(6)))
+        return flat(rbm)
+
+    assert_close(trained(), trained(), atol=0, rtol=0)
+
+
+def test_training_yields_every_update_the_short_last_batch_included():
+    rbm = new_rbm(data(), H, rng=generator())
+    steps = list(train_rbm(rbm, data(), RBMSettings(epochs=3, batch=2), rng=generator()))
+    assert [step.step for step in steps] == list(range(1, 13))
+    assert {step.steps for step in steps} == {12}
+
+
+def test_weight_decay_shrinks_the_weights_and_leaves_the_biases_alone():
+    v = data()
+
+    def trained(decay):
+        rbm = new_rbm(v, H, rng=generator(7), deviation=1.0)
+        list(train_rbm(rbm, v, RBMSettings(epochs=1, batch=BATCH, weight_decay=decay), rng=generator(8)))
+        return rbm
+
+    plain, decayed, first = trained(0.0), trained(0.5), new_rbm(v, H, rng=generator(7), deviation=1.0)
+    assert_close(plain.w - decayed.w, 0.05 * 0.5 * first.w)
+    assert_close((plain.b, plain.c), (decayed.b, decayed.c))
+
+
+def test_what_cannot_be_enumerated_or_trained_is_refused():
+    with pytest.raises(ValueError, match="at most 16"):
+        log_z(tiny(23, 29))
+    with pytest.raises(ValueError, match="at least 1"):
+        cd_gradient(tiny(), data(), rng=generator(), steps=0)
+    with pytest.raises(ValueError, match="visible units"):
+        next(train_rbm(tiny(), torch.zeros(2, V + 1), rng=generator()))
