@@ -1,0 +1,113 @@
+"""The same modules as a notebook runs them: in the browser the one text that it loads, behind it Python and torch."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+from website import pixels
+
+from capsnb import load_pretrained
+from capsnb.explorer import strip
+from capsnb.widgets import WEB, Draw, Explorer, Routing, Tour, Walk
+
+# What a notebook's front end does between the widget and its kernel, with one function of Python as the connection.
+NOTEBOOK = """async ([esm, values]) => {
+    const bytes = (text) => new DataView(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer);
+    const events = new EventTarget(), received = (name, value) => {
+        const open = (shown) => Object.fromEntries(Object.entries(shown).map(([key, each]) => [key, bytes(each)]));
+        values[name] = name === "shown" ? open(value) : name === "faces" ? bytes(value) : value;
+        events.dispatchEvent(new Event(`change:${name}`));
+    };
+    const model = {
+        get: (name) => values[name],
+        set: (name, value) => received(name, value),
+        on: (event, listener) => events.addEventListener(event, listener),
+        off: (event, listener) => events.removeEventListener(event, listener),
+        save_changes: async () => {
+            const answer = await kernel(values.state);
+            for (const name of ["faces", "manifest", "shown"]) received(name, answer[name]);
+        },
+    };
+    const sent = { ...values };
+    for (const name of ["manifest", "faces", "shown", "state"]) received(name, sent[name]);
+    const module = await import(URL.createObjectURL(new Blob([esm], { type: "text/javascript" })));
+    const el = document.body.appendChild(document.createElement("div"));
+    el.className = "capsnb";
+    module.default.render({ model, el });
+}"""
+
+
+def sent(widget):
+    """What a kernel sends, bytes as base64."""
+    packed = {name: base64.b64encode(content).decode() for name, content in widget.shown.items()}
+    faces = base64.b64encode(widget.faces).decode()
+    return {"state": widget.state, "manifest": widget.manifest, "faces": faces, "shown": packed}
+
+
+@pytest.fixture
+def notebook(browser, website):
+    """Show a widget as a notebook does; returns the page."""
+    pages = []
+
+    def show(widget):
+        page = browser.new_page()
+        pages.append((page, failed := []))
+        page.on("pageerror", lambda error: failed.append(str(error)))
+
+        def kernel(state):
+            widget.state = json.loads(json.dumps(state))
+            return sent(widget)
+
+        page.expose_function("kernel", kernel)
+        page.goto(f"{website}_static/web/style.css")
+        page.set_content(f"<style>{(WEB / 'style.css').read_text('utf-8')}</style>")
+        page.evaluate(NOTEBOOK, [widget._esm, sent(widget)])
+        return page
+
+    yield show
+    assert [failed for _, failed in pages if failed] == []
+    for page, _ in pages:
+        page.close()
+
+
+def test_a_slider_moves_the_state_in_python_and_torchs_picture_comes_back(notebook):
+    explorer = Explorer()
+    page = notebook(explorer)
+    page.get_by_role("slider", name="number 3", exact=True).fill("-0.6")
+    page.wait_for_timeout(500)
+    assert explorer.state["pose"][3] == -0.6 and explorer.state["dimension"] == 3
+    images = strip(explorer.state, load_pretrained("mnist"))[:, 0].numpy()
+    for n in (0, 10):
+        assert np.abs(pixels(page.locator(".capsnb-strip canvas").nth(n)) - images[n]).max() < 0.003
+    assert np.abs(pixels(page.locator("canvas").first) - images[5]).max() < 0.003
+
+
+def test_another_data_set_is_read_by_python_and_begins_with_one_of_its_images(notebook):
+    explorer = Explorer()
+    page = notebook(explorer)
+    page.get_by_label("Data set").select_option("fashion-mnist")
+    page.get_by_label("ankle boot").first.wait_for(timeout=30_000)
+    page.wait_for_timeout(1000)
+    assert explorer.state["dataset"] == "fashion-mnist" and explorer.state["start"] == "real"
+    assert (
+        explorer.state["pose"] == explorer.manifest["digits"][0]["code"][16 * (j := explorer.state["capsule"]) :][:16]
+    ), j
+
+
+@pytest.mark.parametrize(
+    "widget, act, changed",
+    [
+        (Walk, lambda page: page.get_by_role("slider", name="Way").press("End"), {"share": 1}),
+        (Tour, lambda page: page.get_by_role("slider", name="Time").press("End"), {"time": 16}),
+        (Routing, lambda page: page.get_by_label("Rounds").press("Home"), {"rounds": 1}),
+        (Draw, lambda page: page.get_by_role("button", name="Clear").click(), {"ink": "", "image": None}),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_the_other_widgets_reach_python_too(notebook, widget, act, changed):
+    shown = widget()
+    page = notebook(shown)
+    act(page)
+    page.wait_for_timeout(500)
+    assert {name: shown.state[name] for name in changed} == changed

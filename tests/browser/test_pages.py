@@ -1,0 +1,132 @@
+"""Every page stays at home, fits a phone and everyone, and says so when something is missing."""
+
+from urllib.parse import urlsplit
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from website import HTML, ROOT, WIDGETS, widget, without
+
+CHAPTERS = sorted(path.stem for path in (ROOT / "book").glob("*.ipynb"))
+each_page = pytest.mark.parametrize("name", WIDGETS)
+
+
+@pytest.fixture
+def open_page(browser, website):
+    """Open a page of the website in a fresh browser window, after ``script``; options are those of a window."""
+    contexts = []
+
+    def open(name, base=website, query="", script="", **options):
+        contexts.append(browser.new_context(**options))
+        contexts[-1].add_init_script(script)
+        page = contexts[-1].new_page()
+        page.goto(f"{base}book/{name}.html{query}")
+        return page
+
+    yield open
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_no_request_leaves_the_site_and_no_script_fails(browser, website, name):
+    context, left, failed = browser.new_context(), [], []
+    page = context.new_page()
+    page.on("pageerror", lambda error: failed.append(str(error)))
+
+    def keep(route):
+        if urlsplit(route.request.url).netloc == urlsplit(website).netloc:
+            return route.continue_()
+        left.append(route.request.url)
+        return route.abort()
+
+    page.route("**/*", keep)
+    page.goto(f"{website}book/{name}.html", wait_until="load")
+    for kind in WIDGETS.get(name, []):
+        widget(page, kind)
+    page.wait_for_timeout(500)
+    context.close()
+    assert (left, failed) == ([], [])
+
+
+@each_page
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_wrong_on_a_page_with_a_widget(open_page, name, scheme):
+    page = open_page(name, color_scheme=scheme)
+    for kind in WIDGETS[name]:
+        widget(page, kind)
+    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    assert [(each["id"], [node["target"] for node in each["nodes"][:3]]) for each in found] == []
+
+
+@each_page
+def test_a_phone_shows_the_page_without_sideways_scrolling(open_page, name):
+    page = open_page(name, viewport={"width": 390, "height": 844})
+    for kind in WIDGETS[name]:
+        box = widget(page, kind).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+@each_page
+def test_without_javascript_the_page_shows_the_still_picture(open_page, name):
+    page = open_page(name, java_script_enabled=False)
+    for kind in WIDGETS[name]:
+        placeholder = page.locator(f'.capsnb[data-widget="{kind}"]')
+        assert placeholder.locator("img").is_visible() and placeholder.locator("img").get_attribute("alt")
+        assert "still picture" in placeholder.inner_text()
+
+
+def assert_still(page, kind, words):
+    """The still picture stands there, and under it a sentence with these words."""
+    placeholder = page.locator(f'.capsnb[data-widget="{kind}"]')
+    note = placeholder.locator(".capsnb-note")
+    note.filter(has_text="So this is a still picture.").wait_for(timeout=30_000)
+    assert placeholder.locator("img").is_visible()
+    assert not placeholder.locator(".capsnb-widget").is_visible()
+    assert words in note.inner_text()
+
+
+@pytest.mark.parametrize("missing", ["mnist.json", "mnist.decoder.bin"])
+@each_page
+def test_a_missing_weight_file_gives_a_sentence_and_the_still_picture(open_page, serve, tmp_path, name, missing):
+    page = open_page(name, base=serve(without(tmp_path / "site", missing)))
+    for kind in WIDGETS[name]:
+        assert_still(page, kind, "could not be fetched")
+
+
+@pytest.mark.parametrize("kind, name", [("routing", "13-routing-watched"), ("draw", "14-draw-a-digit")])
+def test_a_missing_encoder_is_told_when_it_is_needed(open_page, serve, tmp_path, kind, name):
+    page = open_page(name, base=serve(without(tmp_path / "site", "mnist.encoder.bin")))
+    widget(page, kind).locator(".capsnb-digits label").nth(7).click()
+    assert_still(page, kind, "could not be fetched")
+
+
+def test_a_data_set_that_is_missing_leaves_a_picture_a_sentence_and_a_way_back(open_page, serve, tmp_path):
+    page = open_page("01-start-here", base=serve(without(tmp_path / "site", "fashion-mnist*")))
+    widget(page, "explorer").get_by_label("Data set").select_option("fashion-mnist")
+    assert_still(page, "explorer", "could not be fetched")
+    page.get_by_role("button", name="Try again").click()
+    assert widget(page, "explorer").get_by_label("Data set").input_value() == "mnist"
+
+
+def test_a_missing_module_gives_a_sentence_and_the_still_picture(open_page, serve, tmp_path):
+    page = open_page("01-start-here", base=serve(without(tmp_path / "site", "parts.js")))
+    assert_still(page, "explorer", "could not be loaded")
+
+
+def test_a_page_opened_as_a_file_says_how_to_see_it_alive(open_page):
+    page = open_page("01-start-here", base=f"{HTML.as_uri()}/")
+    assert_still(page, "explorer", "make serve")
+
+
+def test_an_old_browser_gets_a_sentence_and_the_still_picture(open_page):
+    page = open_page("01-start-here", script="delete HTMLScriptElement.prototype.noModule")
+    assert_still(page, "explorer", "too old")
+
+
+def test_without_webassembly_the_widget_moves_all_the_same(open_page):
+    page = open_page("01-start-here", script="delete globalThis.WebAssembly")
+    picture = widget(page, "explorer").locator(".capsnb-pair canvas").first
+    before = picture.evaluate("each => each.toDataURL()")
+    page.get_by_role("button", name="Random pose").click()
+    page.wait_for_function("([each, before]) => each.toDataURL() !== before", arg=[picture.element_handle(), before])
