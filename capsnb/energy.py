@@ -23,7 +23,12 @@ def free_energy(
     x: Float[Tensor, "B I e"], W: Float[Tensor, "I J d e"], coupling: Float[Tensor, "B I J"]
 ) -> Float[Tensor, "B"]:
     """F(x) = - sum over j of log(1 + ‖z_j‖²): minus the log of eq. 10 without 1/Z."""
-    return -forward_map(x, W, coupling).square().sum(2).log1p().sum(1)
+    return free_energy_of(forward_map(x, W, coupling))
+
+
+def free_energy_of(z: Float[Tensor, "B J d"]) -> Float[Tensor, "B"]:
+    """``free_energy`` where ``z``, the upper capsules before the squash, is known already."""
+    return -z.square().sum(2).log1p().sum(1)
 
 
 def firing_probability(z: Float[Tensor, "*axes dim"]) -> Float[Tensor, "*axes"]:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsnb.capsules import squash
-from capsnb.energy import free_energy
+from capsnb.energy import free_energy_of
 from capsnb.routing import forward_map, reverse_map
 
 
@@ -36,6 +36,7 @@ def contrastive_divergence(
     held constant: the derivative of the free energy is minus the first term of eq. 18.
     """
     coupling = coupling.detach()
+    z = forward_map(x, W, coupling)
     with torch.no_grad():
-        x_model = squash(reverse_map(squash(forward_map(x, W, coupling)), W, coupling))
-    return (free_energy(x, W, coupling) - free_energy(x_model, W, coupling)).mean()
+        x_model = squash(reverse_map(squash(z), W, coupling))
+    return (free_energy_of(z) - free_energy_of(forward_map(x_model, W, coupling))).mean()

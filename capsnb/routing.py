@@ -1,7 +1,9 @@
 """Routing by agreement, and the forward and reverse maps for given couplings.  Eq. 3, Algorithm 1.
 
-Axes: lower capsules i (I of them, e numbers each), upper capsules j (J of them, d numbers each).  The maps loop over
-the upper capsules: one matrix product each, and the votes [B, I, J, d] are never stored.
+Axes: lower capsules i (I of them, e numbers each), upper capsules j (J of them, d numbers each). The votes [B, I, J, d]
+of a batch are never stored. On CPUs ``route`` runs routing.c, which casts each vote anew whenever it needs it;
+elsewhere it runs ``route_steps``, the readable reference, on a part of the batch at a time. The forward and reverse
+maps are matrix products, one for each capsule of the smaller layer.
 """
 
 from typing import NamedTuple
@@ -10,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from capsnb import native
 from capsnb.checks import require_choice, require_finite, require_floats, require_shape
 
 _NORMALISED_AXIS = {"upper": 1, "lower": 2}  # of the logits, which are held as [B, J, I, 1]
@@ -66,12 +69,16 @@ def route_with_agreement(
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, expected at least 1")
     on = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if on is None else on
-    parts = zip(x.split(_CHUNK), on.split(_CHUNK))
+    if native.can_route(x, W, rounds):
+        return RoutingState(*native.route(x, on.to(x), W, rounds, over == "upper"))
+    chunk = _CHUNK if x.device.type == "cpu" else max(1, _VOTES_AT_ONCE // W[..., 0].numel())
+    parts = zip(x.split(chunk), on.split(chunk))
     last = [route_steps(part, W, rounds=rounds, over=over, on=here)[-1] for part, here in parts]
     return RoutingState(*map(torch.cat, zip(*last)))
 
 
 _CHUNK = 16  # images whose votes are held at once: small enough for the processor's cache
+_VOTES_AT_ONCE = 2**28  # numbers, on an accelerator: 1 GiB in single precision
 _OFF = -1e4  # logit of a lower capsule that takes no part: exp of it is 0, and differences of it stay finite
 
 
@@ -118,8 +125,18 @@ def forward_map(
     x: Float[Tensor, "B I e"], W: Float[Tensor, "I J d e"], coupling: Float[Tensor, "B I J"]
 ) -> Float[Tensor, "B J d"]:
     """z_j = sum over i of c_ij W_ij x_i for given couplings.  Eq. 3; in Algorithm 1 "route capsules forward"."""
+    lower, upper, d, e = W.shape
+    if lower < upper:
+        return _forward_by_lower(x, W, coupling)
     by_upper = zip(coupling.permute(2, 0, 1).contiguous(), matrices(W))
     return torch.stack([_forward_one(x, c, matrix) for c, matrix in by_upper], dim=1)
+
+
+def reverse_map(
+    capsules: Float[Tensor, "B J d"], W: Float[Tensor, "I J d e"], coupling: Float[Tensor, "B I J"]
+) -> Float[Tensor, "B I e"]:
+    """z_i = sum over j of c_ij W_ijᵀ x_j for given couplings; in Algorithm 1 "reconstruct input capsules"."""
+    return forward_map(capsules, W.permute(1, 0, 3, 2), coupling.transpose(1, 2))
 
 
 def _forward_one(x: Tensor, c: Tensor, matrix: Tensor) -> Tensor:
@@ -131,17 +148,14 @@ def _forward_one(x: Tensor, c: Tensor, matrix: Tensor) -> Tensor:
     return z.new_zeros(len(x), matrix.shape[1]).index_add(0, rows, z)
 
 
-def reverse_map(
-    capsules: Float[Tensor, "B J d"], W: Float[Tensor, "I J d e"], coupling: Float[Tensor, "B I J"]
-) -> Float[Tensor, "B I e"]:
-    """z_i = sum over j of c_ij W_ijᵀ x_j for given couplings; in Algorithm 1 "reconstruct input capsules"."""
-    batch, lower, _ = coupling.shape
-    result = capsules.new_zeros(batch, lower, W.shape[3])
-    for h, c, matrix in zip(capsules.unbind(1), coupling.permute(2, 0, 1).contiguous(), matrices(W)):
+def _forward_by_lower(x: Tensor, W: Tensor, coupling: Tensor) -> Tensor:
+    """All z, one lower capsule's votes after the other: fewer, larger products where the lower capsules are few."""
+    z = x.new_zeros(len(x), *W.shape[1:3])
+    for part, c, matrix in zip(x.unbind(1), coupling.unbind(1), matrices(W.permute(1, 0, 3, 2))):
         rows = c.detach().abs().amax(1).nonzero()[:, 0]
-        part = c[rows].unsqueeze(2) * (h[rows] @ matrix.T).view(len(rows), lower, W.shape[3])
-        result = result.index_add(0, rows, part)
-    return result
+        votes = (part[rows] @ matrix.T).view(len(rows), *W.shape[1:3])
+        z = z.index_add(0, rows, c[rows].unsqueeze(2) * votes)
+    return z
 
 
 def matrices(W: Float[Tensor, "I J d e"]) -> tuple[Tensor, ...]:

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsnb.capsules import squash
-from capsnb.routing import matrices
 from capsnb.settings import SparsitySettings
 
 
@@ -19,11 +18,16 @@ def explanation(x: Float[Tensor, "B I e"], W: Float[Tensor, "I J d e"]) -> Float
 
     It asks of every expert: if you alone had to send the image back, how much of it would come back?
     """
+    lower, upper, d, e = W.shape
+    x = x.transpose(1, 2).contiguous()  # [B, e, I], so that the sums over e below run along whole rows
     flat, cosines = x.flatten(1), []
-    for matrix in matrices(W):
-        sent_back = squash((squash(flat @ matrix) @ matrix.T).view_as(x))
-        cosines.append(torch.cosine_similarity(sent_back.flatten(1), flat, dim=1))
-    return torch.stack(cosines, dim=1)
+    for matrix in W.permute(1, 3, 0, 2).reshape(upper, e * lower, d):
+        z = (squash(flat @ matrix) @ matrix.T).view_as(x)
+        square = z.square().sum(1)
+        squashed = square.clamp(min=1e-24).sqrt() / (1 + square)  # squash(z) is z times this
+        product, length = (squashed * (z * x).sum(1)).sum(1), (squashed.square() * square).sum(1)
+        cosines.append(product / length.clamp(min=1e-16).sqrt())
+    return torch.stack(cosines, dim=1) / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=1e-8)
 
 
 def rank_mask(score: Float[Tensor, "B J"], gamma: float, cut: float) -> Float[Tensor, "B J"]:

@@ -36,8 +36,8 @@ def test_routing_is_section_2_written_as_loops(layer, over, rounds):
     x, W = layer
     coupling, z = paper.each_image(lambda x: paper.routing(x, W.numpy(), rounds, over), x)
     found = route(x, W, rounds=rounds, over=over)
-    assert_close(found.coupling, coupling)
-    assert_close(found.z, z)
+    assert_close(found.coupling, coupling, rtol=1e-10, atol=1e-10)
+    assert_close(found.z, z, rtol=1e-10, atol=1e-10)
 
 
 def test_three_rounds_over_the_upper_capsules_are_the_default(layer):
