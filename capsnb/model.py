@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from capsnb.capsules import from_capsules, squash, to_capsules
 from capsnb.checks import require_finite, require_floats, require_images, require_shape
 from capsnb.mixing import contrastive_divergence
-from capsnb.routing import Routing, forward_map, reverse_map, route
+from capsnb.routing import Routing, RoutingState, forward_map, reverse_map, route, route_with_agreement
 from capsnb.sampling import Poses
 from capsnb.settings import AutoencoderSettings, DecoderSettings, EncoderSettings, Settings
 from capsnb.sparsity import Sparsity, explanation, share_out
@@ -82,14 +82,20 @@ class CapsuleEncoder(nn.Module):
     def couplings(self, x: Float[Tensor, "B I e"]) -> Float[Tensor, "B I J"]:
         """Couplings by agreement; with sparsity, only over the capsules left on."""
         if self.sparsity is None:
-            return route(x, self.W, rounds=self.settings.rounds, over=self.settings.over).coupling
+            return self.route(x).coupling
         explained = explanation(x, self.W)
         mask = self.sparsity.mask(explained)
         if self.training:
             self.sparsity.update(explained)
         elif self.settings.sparsity.on_after_training == 1:  # it takes every coupling, whatever routing would say
             return mask.unsqueeze(1).expand(*x.shape[:2], -1)
-        return share_out(route(x, self.W, rounds=self.settings.rounds, over=self.settings.over).coupling, mask)
+        return share_out(self.route(x).coupling, mask)
+
+    @torch.no_grad()
+    def route(self, x: Float[Tensor, "B I e"]) -> RoutingState:
+        """Routing by agreement with the options of the settings, before any capsule is turned off."""
+        names = ("rounds", "over", "agreement", "sharpness")
+        return route_with_agreement(x, self.W, **{name: getattr(self.settings, name) for name in names})
 
     def encode(self, x: Float[Tensor, "B I e"]) -> Float[Tensor, "B J d"]:
         """The squashed upper capsules.  Eqs. 3 and 4."""

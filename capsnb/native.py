@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _LANES = 16  # images in a block, as in routing.c
-_MOST_ROUNDS = 24  # a logit changes by at most 1 a round, and routing.c wants sums of exponentials above 1e-12
+_LARGEST_LOGIT = 24  # routing.c wants sums of exponentials above 1e-12; a round moves a logit by at most the sharpness
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 
 
@@ -35,19 +35,25 @@ def compiled(d: int, e: int) -> Callable[..., int] | None:
         if subprocess.run(command, capture_output=True).returncode:
             return None
         function = ctypes.CDLL(str(library)).route_block
-    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 2 + [ctypes.c_int] * 2
+    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 2 + [ctypes.c_int] * 2 + [ctypes.c_float]
     return function
 
 
-def can_route(x: Tensor, W: Tensor, rounds: int) -> bool:
-    """Whether ``route`` can run here on these: single precision on a CPU, no derivative asked for."""
+def can_route(x: Tensor, W: Tensor, rounds: int, sharpness: float = 1.0) -> bool:
+    """Whether ``route`` can run here on these: single precision on a CPU, no derivative asked for, bounded logits."""
     plain = x.device.type == W.device.type == "cpu" and x.dtype == W.dtype == torch.float32
     derivative = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
-    return plain and not derivative and len(x) > 0 and rounds <= _MOST_ROUNDS and compiled(*W.shape[2:]) is not None
+    bounded = rounds * sharpness <= _LARGEST_LOGIT
+    return plain and not derivative and len(x) > 0 and bounded and compiled(*W.shape[2:]) is not None
 
 
 def route(
-    x: Float[Tensor, "B I e"], on: Float[Tensor, "B I"], W: Float[Tensor, "I J d e"], rounds: int, over_upper: bool
+    x: Float[Tensor, "B I e"],
+    on: Float[Tensor, "B I"],
+    W: Float[Tensor, "I J d e"],
+    rounds: int,
+    over_upper: bool,
+    sharpness: float = 1.0,
 ) -> tuple[Float[Tensor, "B I J"], Float[Tensor, "B J d"], Float[Tensor, "B J"]]:
     """Coupling, z and agreement after ``rounds``; ``on`` is 1 for lower capsules that take part and 0 for others."""
     (lower, upper, d, e), W = W.shape, W.contiguous()
@@ -56,7 +62,7 @@ def route(
 
     def run(rows: slice) -> None:
         block = [_lanes(x[rows]), _lanes(on[rows]), W, *(x.new_empty(*shape, _LANES) for shape in shapes)]
-        if compiled(d, e)(*(each.data_ptr() for each in block), lower, upper, rounds, over_upper):
+        if compiled(d, e)(*(each.data_ptr() for each in block), lower, upper, rounds, over_upper, sharpness):
             raise MemoryError(f"no memory to route to {upper} capsules")
         for result, found in zip(results, block[3:]):
             result[rows] = found.movedim(-1, 0)[: len(result[rows])]

@@ -56,9 +56,10 @@ static inline lanes turn(lanes *capsule, lanes scale, lanes *direction) {
 
 // All rounds for one block of images. Of lanes: x [I, E], on [I] (1: takes part, 0: does not), and the results
 // coupling [I, J], z [J, D], agreement [J]. W [I, J, D, E] is of numbers. The couplings sum to 1 over j if over_upper,
-// else over i. Returns 0, or 1 if there was no memory.
+// else over i; each round adds sharpness times the cosine of vote and capsule to a logit.
+// Returns 0, or 1 if there was no memory.
 int route_block(const lanes *x, const lanes *on, const float *W, lanes *coupling, lanes *z, lanes *agreement,
-                long I, long J, int rounds, int over_upper) {
+                long I, long J, int rounds, int over_upper, float sharpness) {
   const lanes one = (lanes){0} + 1;
   lanes *votes = calloc(J * (2 * D + 4), sizeof(lanes)), *direction = votes + J * D;
   lanes *length = direction + J * D, *weight = length + J;  // of the votes of one lower capsule
@@ -73,7 +74,7 @@ int route_block(const lanes *x, const lanes *on, const float *W, lanes *coupling
       for (long j = 0; j < J; j++) {
         lanes dot = {0};
         length[j] = root(cast(W + (i * J + j) * D * E, x + i * E, direction + j * D, votes + j * D, &dot));
-        logits[j] += dot * inverse(length[j]);  // the cosine; 0 in the first round, which knows no direction yet
+        logits[j] += sharpness * dot * inverse(length[j]);  // 0 in the first round, which knows no direction yet
         weight[j] = on[i] * exponential(logits[j]);
         sum += weight[j];
       }

@@ -6,6 +6,7 @@ elsewhere it runs ``route_steps``, the readable reference, on a part of the batc
 maps are matrix products, one for each capsule of the smaller layer.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from capsnb import native
+from capsnb.capsules import squash
 from capsnb.checks import require_choice, require_finite, require_floats, require_shape
 
 _NORMALISED_AXIS = {"upper": 1, "lower": 2}  # of the logits, which are held as [B, J, I, 1]
@@ -39,16 +41,20 @@ def route(
     *,
     rounds: int = 3,
     over: str = "upper",
+    agreement: str = "cosine",
+    sharpness: float = 1.0,
     on: Bool[Tensor, "B I"] | None = None,
 ) -> Routing:
     """Couplings and upper capsules after ``rounds`` of routing by agreement.  Section 2.2, eq. 3.
 
-    The first round couples everything equally; each later one adds the cosine between vote and capsule to the logits.
+    The first round couples everything equally; each later one adds ``sharpness`` (an inverse temperature) times the
+    agreement of vote and capsule to the logits: their cosine, or with ``agreement="inner"`` the scalar product of the
+    vote and the squashed capsule (Sabour 2017).
     ``over="upper"`` makes the couplings of one lower capsule sum to 1 (Sabour 2017), ``"lower"`` those of one upper
     capsule (the sum over i that Hauser 2019 prints). Lower capsules that are not ``on`` take no part (default: all do).
-    Raises ValueError for wrong shapes, NaN, an unknown axis, rounds < 1.
+    Raises ValueError for wrong shapes, NaN, an unknown axis or agreement, rounds < 1, sharpness not above 0.
     """
-    state = route_with_agreement(x, W, rounds=rounds, over=over, on=on)
+    state = route_with_agreement(x, W, rounds=rounds, over=over, agreement=agreement, sharpness=sharpness, on=on)
     return Routing(state.coupling, state.z)
 
 
@@ -58,28 +64,28 @@ def route_with_agreement(
     *,
     rounds: int = 3,
     over: str = "upper",
+    agreement: str = "cosine",
+    sharpness: float = 1.0,
     on: Bool[Tensor, "B I"] | None = None,
 ) -> RoutingState:
-    """As ``route``, with the agreement: ‖z_j‖ over the coupling-weighted sum of the vote lengths.
+    """As ``route``, with how well the votes agree in the end: ‖z_j‖ over the coupling-weighted sum of their lengths.
 
-    It is 1 when all votes point one way and 0 when they cancel (the mean resultant length of directional statistics).
+    This is 1 when all votes point one way and 0 when they cancel (the mean resultant length of directional statistics).
     """
     _check(x, W)
-    require_choice(over, _NORMALISED_AXIS, "over")
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}, expected at least 1")
+    options = {"rounds": rounds, "over": over, "agreement": agreement, "sharpness": sharpness}
+    _check_options(**options)
     on = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if on is None else on
-    if native.can_route(x, W, rounds):
-        return RoutingState(*native.route(x, on.to(x), W, rounds, over == "upper"))
+    if agreement == "cosine" and native.can_route(x, W, rounds, sharpness):
+        return RoutingState(*native.route(x, on.to(x), W, rounds, over == "upper", sharpness))
     chunk = _CHUNK if x.device.type == "cpu" else max(1, _VOTES_AT_ONCE // W[..., 0].numel())
     parts = zip(x.split(chunk), on.split(chunk))
-    last = [route_steps(part, W, rounds=rounds, over=over, on=here)[-1] for part, here in parts]
+    last = [route_steps(part, W, on=here, **options)[-1] for part, here in parts]
     return RoutingState(*map(torch.cat, zip(*last)))
 
 
 _CHUNK = 16  # images whose votes are held at once: small enough for the processor's cache
 _VOTES_AT_ONCE = 2**28  # numbers, on an accelerator: 1 GiB in single precision
-_OFF = -1e4  # logit of a lower capsule that takes no part: exp of it is 0, and differences of it stay finite
 
 
 def route_steps(
@@ -88,6 +94,8 @@ def route_steps(
     *,
     rounds: int,
     over: str = "upper",
+    agreement: str = "cosine",
+    sharpness: float = 1.0,
     on: Bool[Tensor, "B I"] | None = None,
 ) -> list[RoutingState]:
     """The state after every round, the last being what ``route`` returns; holds all votes of the batch at once."""
@@ -96,15 +104,27 @@ def route_steps(
     logits, states = torch.zeros_like(vote_length), []
     taking_part = torch.ones_like(x[..., 0]) if on is None else on.to(x)
     taking_part = taking_part[:, None, :, None]
-    logits = logits + (1 - taking_part) * _OFF
+    # Half the lowest number: below the logit of any capsule that takes part, and differences of it stay finite.
+    logits = logits + (1 - taking_part) * (torch.finfo(x.dtype).min / 2)
     for done in range(rounds):
         coupling = taking_part * logits.softmax(dim=_NORMALISED_AXIS[over])
         z = coupling.transpose(2, 3) @ votes
         states.append(_state(coupling, z, vote_length))
         if done < rounds - 1:
-            direction = torch.nn.functional.normalize(z, dim=-1, eps=1e-12)
-            logits = logits + votes @ direction.transpose(2, 3) / vote_length.clamp(min=1e-12)
+            logits = logits + sharpness * _AGREEMENT[agreement](votes, z, vote_length)
     return states
+
+
+def _cosine(votes: Tensor, z: Tensor, vote_length: Tensor) -> Tensor:
+    direction = torch.nn.functional.normalize(z, dim=-1, eps=1e-12)
+    return votes @ direction.transpose(2, 3) / vote_length.clamp(min=1e-12)
+
+
+def _inner(votes: Tensor, z: Tensor, vote_length: Tensor) -> Tensor:
+    return votes @ squash(z).transpose(2, 3)
+
+
+_AGREEMENT = {"cosine": _cosine, "inner": _inner}
 
 
 def _state(coupling: Tensor, z: Tensor, vote_length: Tensor) -> RoutingState:
@@ -169,3 +189,12 @@ def _check(x: Tensor, W: Tensor) -> None:
     require_shape(x, (None, W.shape[0], W.shape[3]), "x", "[B, I, e] with the I and e of W [I, J, d, e]")
     require_floats(x=x, W=W)
     require_finite(x=x, W=W)
+
+
+def _check_options(rounds: int, over: str, agreement: str, sharpness: float) -> None:
+    require_choice(over, _NORMALISED_AXIS, "over")
+    require_choice(agreement, _AGREEMENT, "agreement")
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}, expected at least 1")
+    if not 0 < sharpness < math.inf:
+        raise ValueError(f"sharpness is {sharpness}, expected a number above 0; 1 is the plain agreement")

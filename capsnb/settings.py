@@ -39,6 +39,8 @@ class EncoderSettings:
     dim: int = 16  # paper
     rounds: int = 3  # the paper gives none; Sabour 2017
     over: str = "upper"  # "lower" is the paper's sum over i
+    agreement: str = "cosine"  # ours: unlike "inner", which is Sabour 2017's, it does not grow with W
+    sharpness: float = 1.0  # factor on the agreement, 1/temperature; the paper and Sabour 2017 have none
     input_scale: float = 1.7  # ours: brings the lower capsules to lengths of about 1.5 before the squash
     sparsity: SparsitySettings | None = None
     initial_deviation: float = 0.1  # paper: N(0, 0.01), read as the variance

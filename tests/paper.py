@@ -58,8 +58,8 @@ def reverse(capsules, W, coupling):
     return z
 
 
-def routing(x, W, rounds, over):
-    """Section 2.2 with cosine agreement; ``over`` names the layer over which the couplings sum to 1."""
+def routing(x, W, rounds, over, agreement="cosine", sharpness=1.0):
+    """Section 2.2; ``over`` names the layer over which the couplings sum to 1, "inner" is Sabour 2017's agreement."""
     lower, upper, d, e = W.shape
     logits = np.zeros((lower, upper))
     for done in range(rounds):
@@ -70,7 +70,8 @@ def routing(x, W, rounds, over):
         z = forward(x, W, coupling)
         for i in range(lower):
             for j in range(upper):
-                logits[i, j] += cosine(W[i, j] @ x[i], squash(z[j]))
+                vote, capsule = W[i, j] @ x[i], squash(z[j])
+                logits[i, j] += sharpness * (cosine(vote, capsule) if agreement == "cosine" else vote @ capsule)
     return coupling, z
 
 

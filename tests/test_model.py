@@ -122,10 +122,11 @@ def test_without_biases_the_origin_is_zero_and_the_output_has_the_only_bias():
 # Stage 2
 
 
-@pytest.mark.parametrize("over", ["upper", "lower"])
-def test_a_dense_encoder_routes_by_agreement_and_squashes(over, double):
-    module, x = encoder(over=over, rounds=2), squash(double(B, I, E))
-    routed = route(x, module.W.detach(), over=over, rounds=2)
+@pytest.mark.parametrize("over, agreement", [("upper", "cosine"), ("lower", "inner")])
+def test_a_dense_encoder_routes_by_agreement_with_its_options_and_squashes(over, agreement, double):
+    options = {"over": over, "rounds": 2, "agreement": agreement, "sharpness": 0.7}
+    module, x = encoder(**options), squash(double(B, I, E))
+    routed = route(x, module.W.detach(), **options)
     assert_close(module.couplings(x), routed.coupling)
     assert_close(module.encode(x).detach(), squash(routed.z))
 

@@ -42,6 +42,17 @@ def test_it_routes_as_the_plain_path_does(double, sizes, rounds, over):
 
 @compiled
 @both
+@pytest.mark.parametrize("sharpness", [0.3, 7.0])
+def test_it_routes_with_any_sharpness_as_the_plain_path_does(double, over, sharpness):
+    (x, W), options = layer(double, SIZES[2]), {"rounds": 3, "over": over, "sharpness": sharpness}
+    assert native.can_route(x, W, 3, sharpness)
+    found, expected = (way(x, W, **options) for way in (route_with_agreement, plain))
+    for name, value in found._asdict().items():
+        assert_close(value.double(), getattr(expected, name), rtol=1e-4, atol=1e-5, msg=name)
+
+
+@compiled
+@both
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e6])
 def test_weights_of_any_size_and_many_rounds_give_finite_couplings(double, over, scale):
     x, W = layer(double, SIZES[2])
@@ -82,9 +93,19 @@ def test_the_number_of_threads_changes_nothing(double):
     assert_close(found[1:], found[:1] * 2, rtol=0, atol=0)
 
 
+@both
+def test_what_the_compiled_loops_cannot_bound_takes_the_plain_path(double, over):
+    """The inner agreement, and logits that grow too large."""
+    (x, W), options = layer(double, SIZES[2]), {"rounds": 3, "over": over}
+    for more in ({"agreement": "inner", "sharpness": 0.3}, {"sharpness": 10.0}):
+        found, expected = (way(x, W, **options, **more) for way in (route_with_agreement, plain))
+        assert_close(found.coupling.double(), expected.coupling, rtol=1e-3, atol=1e-4)
+
+
 def test_derivatives_and_other_precisions_and_very_many_rounds_take_the_plain_path(double):
     x, W = layer(double, SIZES[1])
     assert not native.can_route(x.double(), W.double(), 3) and not native.can_route(x, W, 25)
+    assert not native.can_route(x, W, 3, 8.1)
     assert not native.can_route(x[:0], W, 3) and not native.can_route(x, W.requires_grad_(), 3)
     (gradient,) = torch.autograd.grad(route(x, W).z.square().sum(), W)
     assert gradient.abs().max() > 0

@@ -31,17 +31,19 @@ def coupling(rng):
 
 
 @both
+@pytest.mark.parametrize("agreement, sharpness", [("cosine", 1.0), ("cosine", 7.0), ("inner", 1.0), ("inner", 0.3)])
 @pytest.mark.parametrize("rounds", [1, 2, 3, 5])
-def test_routing_is_section_2_written_as_loops(layer, over, rounds):
+def test_routing_is_section_2_written_as_loops(layer, over, agreement, sharpness, rounds):
     x, W = layer
-    coupling, z = paper.each_image(lambda x: paper.routing(x, W.numpy(), rounds, over), x)
-    found = route(x, W, rounds=rounds, over=over)
+    coupling, z = paper.each_image(lambda x: paper.routing(x, W.numpy(), rounds, over, agreement, sharpness), x)
+    found = route(x, W, rounds=rounds, over=over, agreement=agreement, sharpness=sharpness)
     assert_close(found.coupling, coupling, rtol=1e-10, atol=1e-10)
     assert_close(found.z, z, rtol=1e-10, atol=1e-10)
 
 
-def test_three_rounds_over_the_upper_capsules_are_the_default(layer):
-    assert_close(route(*layer), route(*layer, rounds=3, over="upper"), rtol=0, atol=0)
+def test_three_rounds_over_the_upper_capsules_by_cosine_are_the_default(layer):
+    named = route(*layer, rounds=3, over="upper", agreement="cosine", sharpness=1.0)
+    assert_close(route(*layer), named, rtol=0, atol=0)
 
 
 @both
@@ -60,11 +62,13 @@ def test_images_do_not_see_each_other_however_many_there_are(double, over):
 
 
 @both
-def test_the_state_after_every_round_is_that_of_routing_for_so_many_rounds(layer, over):
-    states = route_steps(*layer, rounds=5, over=over)
+@pytest.mark.parametrize("agreement, sharpness", [("cosine", 1.0), ("inner", 0.3)])
+def test_the_state_after_every_round_is_that_of_routing_for_so_many_rounds(layer, over, agreement, sharpness):
+    options = {"over": over, "agreement": agreement, "sharpness": sharpness}
+    states = route_steps(*layer, rounds=5, **options)
     assert len(states) == 5
     for rounds, state in enumerate(states, start=1):
-        assert_close(tuple(state), tuple(route_with_agreement(*layer, rounds=rounds, over=over)))
+        assert_close(tuple(state), tuple(route_with_agreement(*layer, rounds=rounds, **options)))
 
 
 @both
@@ -83,11 +87,12 @@ def test_agreement_is_1_for_parallel_votes_and_0_for_votes_that_cancel(double):
 
 
 @both
-def test_capsules_that_are_off_are_as_good_as_absent(layer, over):
+@pytest.mark.parametrize("sharpness", [1.0, 1e6])
+def test_capsules_that_are_off_are_as_good_as_absent_however_sharp_the_routing(layer, over, sharpness):
     x, W = layer
     on = torch.tensor([True, False, True, True, False, True, True])
-    found = route(x, W, over=over, on=on.expand(B, I))
-    absent = route(x[:, on], W[on], over=over)
+    found = route(x, W, over=over, on=on.expand(B, I), sharpness=sharpness)
+    absent = route(x[:, on], W[on], over=over, sharpness=sharpness)
     assert_close(found.z, absent.z)
     assert_close(found.coupling[:, on], absent.coupling)
     assert_close(found.coupling[:, ~on], torch.zeros(B, 2, J, dtype=torch.float64))
@@ -167,7 +172,19 @@ def test_single_precision_stays_single_and_close_to_double(layer):
     assert_close(found.z, route(x, W).z.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_an_unknown_axis_and_too_few_rounds_are_refused(layer):
+@both
+def test_only_the_inner_agreement_depends_on_the_size_of_the_weights(layer, over):
+    (x, W), options = layer, {"over": over, "agreement": "inner"}
+    assert_close(route(x, 3 * W, over=over).coupling, route(x, W, over=over).coupling)
+    assert not torch.allclose(route(x, 3 * W, **options).coupling, route(x, W, **options).coupling, atol=0.1)
+
+
+def test_an_unknown_option_and_too_few_rounds_are_refused(layer):
+    with pytest.raises(ValueError, match="unknown agreement 'dot'; choose one of 'cosine', 'inner'"):
+        route(*layer, agreement="dot")
+    for sharpness in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"sharpness is {sharpness}, expected a number above 0"):
+            route(*layer, sharpness=sharpness)
     with pytest.raises(ValueError, match="unknown over 'both'; choose one of 'upper', 'lower'"):
         route(*layer, over="both")
     with pytest.raises(ValueError, match="rounds is 0, expected at least 1"):

@@ -63,6 +63,14 @@ def test_settings_come_back_from_the_json_of_a_weight_file(name):
         assert hash(again) == hash(chosen)
 
 
+@every_preset
+def test_a_weight_file_from_before_a_setting_existed_gets_its_default(name):
+    content = asdict(PRESETS[name])
+    del content["encoder"]["agreement"], content["encoder"]["sharpness"]
+    assert settings.from_dict(content) == PRESETS[name]
+    assert (PRESETS[name].encoder.agreement, PRESETS[name].encoder.sharpness) == ("cosine", 1.0)
+
+
 def test_settings_cannot_be_changed_in_place():
     for part in (PRESETS["sparse"], PRESETS["sparse"].encoder, PRESETS["sparse"].encoder.sparsity):
         with pytest.raises(FrozenInstanceError):
