@@ -87,12 +87,13 @@ def test_agreement_is_1_for_parallel_votes_and_0_for_votes_that_cancel(double):
 
 
 @both
-@pytest.mark.parametrize("sharpness", [1.0, 1e6])
-def test_capsules_that_are_off_are_as_good_as_absent_however_sharp_the_routing(layer, over, sharpness):
+@pytest.mark.parametrize("agreement", ["cosine", "inner"])
+def test_capsules_that_are_off_are_as_good_as_absent_however_long_their_votes(layer, over, agreement):
     x, W = layer
     on = torch.tensor([True, False, True, True, False, True, True])
-    found = route(x, W, over=over, on=on.expand(B, I), sharpness=sharpness)
-    absent = route(x[:, on], W[on], over=over, sharpness=sharpness)
+    W[~on] *= 1e6
+    found = route(x, W, over=over, agreement=agreement, on=on.expand(B, I))
+    absent = route(x[:, on], W[on], over=over, agreement=agreement)
     assert_close(found.z, absent.z)
     assert_close(found.coupling[:, on], absent.coupling)
     assert_close(found.coupling[:, ~on], torch.zeros(B, 2, J, dtype=torch.float64))
