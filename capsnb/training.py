@@ -95,13 +95,22 @@ def solve_decoder(decoder: CapsuleDecoder, capsules: Float[Tensor, "N J d"], z_l
     """Set U to the ridge regression of the lower capsules on the pose of the one capsule that is on (so e_ji = 1)."""
     if (capsules.abs().amax(2) > 0).sum(1).max() > 1:
         raise ValueError("least squares needs one capsule on per image; use the 'gradient' or 'literal' rule instead")
-    code = capsules.flatten(1)
-    gram = code.T @ code
-    ridge = decoder.settings.ridge * gram.diagonal().mean()
-    moments = sum(c.T @ z.flatten(1).float() for c, z in zip(code.split(1000), z_lower.split(1000)))
-    solution = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), moments)
     upper, lower, e, d = decoder.U.shape
+    solution = ridge_regression(capsules.flatten(1), z_lower.flatten(1), ridge=decoder.settings.ridge)
     decoder.U.copy_(solution.view(upper, d, lower, e).permute(0, 2, 3, 1))
+
+
+def ridge_regression(
+    code: Float[Tensor, "N inputs"], target: Float[Tensor, "N outputs"], *, ridge: float
+) -> Float[Tensor, "inputs outputs"]:
+    """The matrix A that minimises ‖code A - target‖² + ``ridge`` (mean squared column length of code) ‖A‖².
+
+    It has no intercept, so a code of zeros stays zero. ``target`` may be in half precision.
+    """
+    gram = code.T @ code
+    penalty = ridge * gram.diagonal().mean()
+    moments = sum(c.T @ t.to(code) for c, t in zip(code.split(1000), target.split(1000)))
+    return torch.linalg.solve(gram + penalty * torch.eye(len(gram)).to(gram), moments)
 
 
 def _optimiser(module: nn.Module, settings) -> torch.optim.Optimizer:
