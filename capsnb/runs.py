@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import capsnb
-from capsnb import checkpoints, training
+from capsnb import checkpoints, distributed, training
 from capsnb.capsules import squash
 from capsnb.model import ExpertCapsules
 from capsnb.pretrained import save_model
@@ -46,14 +46,14 @@ def train(run: Run, images: Tensor, *, stages: tuple[int, ...] = STAGES, resume:
     Raises FileExistsError when the folder holds such a stage already and ``resume`` is off, ValueError when it holds a
     run with other settings, FileNotFoundError when an earlier stage is missing.
     """
-    metrics = _open(run, len(images), stages, resume)
+    distributed.require_same(settings=asdict(run.settings), seed=run.seed, stages=stages)
+    metrics = distributed.from_rank_0(lambda: _open(run, len(images), stages, resume))
     torch.manual_seed(run.seed)
     model = ExpertCapsules(run.settings).to(run.device)
     encoded = _Encoded(model, images)
     for stage in STAGES[: max(stages)]:
-        if _is_finished(run, stage):
-            tensors, _ = checkpoints.read(_checkpoint(run, stage))
-            getattr(model, _PARTS[stage]).load_state_dict(tensors)
+        if finished := distributed.from_rank_0(lambda: _finished(run, stage)):
+            getattr(model, _PARTS[stage]).load_state_dict(finished)
         elif stage in stages:
             _train_stage(encoded, run, stage, metrics)
         else:
@@ -100,8 +100,12 @@ class _Encoded:
 
 
 def _train_stage(encoded: _Encoded, run: Run, stage: int, metrics: dict) -> None:
-    model = encoded.model.eval()
-    _follow(_updates(encoded, run, stage), run, stage, metrics)
+    model, steps = encoded.model.eval(), _updates(encoded, run, stage)
+    if distributed.rank() > 0:
+        for _ in steps:  # rank 0 shows and writes them for all
+            pass
+        return
+    _follow(steps, run, stage, metrics)
     part = getattr(model, _PARTS[stage])
     facts = {"finished": True, "settings": asdict(part.settings), "seed": run.seed}
     checkpoints.write(_checkpoint(run, stage), part.state_dict(), **facts)
@@ -147,23 +151,25 @@ def _follow(steps: Iterator[training.Step], run: Run, stage: int, metrics: dict)
 def _finish(encoded: _Encoded, run: Run, metrics: dict) -> None:
     model = encoded.model.eval()
     model.poses.fit(encoded.upper)
+    model.cpu()
     facts = {"dataset": run.dataset, "seed": run.seed, "quick": run.quick, "images": len(encoded.images)}
-    save_model(model.cpu(), run.out / "model.safetensors", **facts, versions=metrics["versions"])
+    if distributed.rank() == 0:
+        save_model(model, run.out / "model.safetensors", **facts, versions=metrics["versions"])
 
 
 def _checkpoint(run: Run, stage: int) -> Path:
     return run.out / f"stage{stage}.safetensors"
 
 
-def _is_finished(run: Run, stage: int) -> bool:
-    """Whether the stage is done; its file then says with which settings, which must be this run's."""
+def _finished(run: Run, stage: int) -> dict[str, Tensor] | None:
+    """The stage's weights if it is done; its file then says with which settings, which must be this run's."""
     if not _checkpoint(run, stage).exists():
-        return False
-    _, facts = checkpoints.read(_checkpoint(run, stage))
+        return None
+    tensors, facts = checkpoints.read(_checkpoint(run, stage))
     wanted = asdict(getattr(run.settings, _PARTS[stage]))
     if facts["settings"] != wanted:
         raise ValueError(f"{run.out} holds stage {stage} with other settings; choose another --out")
-    return facts.get("finished", False)
+    return tensors if facts.get("finished") else None
 
 
 def _open(run: Run, images: int, stages: tuple[int, ...], resume: bool) -> dict:

@@ -5,6 +5,9 @@
 
 Everything drawn at a step depends on the seed and the step's number alone, so a run that was interrupted and resumed
 from its checkpoint ends with the same weights as one that was not.
+
+Several processes (see capsnb.distributed) share the rows of every batch and make the updates that one process would
+make of them. Only the dropout differs: each process draws its own for its part, so that no two images share a mask.
 """
 
 import time
@@ -17,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from capsnb import checkpoints
+from capsnb import checkpoints, distributed
 from capsnb.capsules import squash
 from capsnb.checks import require_choice, require_images
 from capsnb.model import CapsuleDecoder, CapsuleEncoder, ConvAutoencoder
@@ -125,29 +128,31 @@ def _minimise(
     """Minimise ``module(*batch)``; yield after every update; save to and go on from ``checkpoint``."""
     device = next(module.parameters()).device
     facts = {"settings": asdict(module.settings), "seed": seed, "rows": len(data[0])}
+    distributed.require_same(**facts)
     done = _resume(module, plan.optimiser, checkpoint, facts)
     saved = time.monotonic()
-    module.train()
+    parallel = distributed.parallel(module.train())
     for step in range(done, plan.steps):
         rate = plan.learning_rate * min(1, (step + 1) / plan.warmup) * (1 - step / plan.steps)
         for group in plan.optimiser.param_groups:
             group["lr"] = rate
-        rows = batch_rows(len(data[0]), plan.batch, step, seed)
+        rows = distributed.own_part(batch_rows(len(data[0]), plan.batch, step, seed))
         batch = [prepare(part[rows].to(device).float()) for part in data]
         with torch.random.fork_rng(), autocast(device, plan.autocast):
-            torch.manual_seed(seed * 1_000_003 + step)
-            loss = module(*batch)
-        if not loss.isfinite():
-            raise ValueError(f"the loss is {loss.item()} at step {step + 1}; lower the learning rate and resume")
+            torch.manual_seed(seed * 1_000_003 + step + (distributed.rank() << 24))
+            loss = parallel(*batch)
+        mean_loss = distributed.mean(loss.detach())  # the same in every process, so that all of them stop or none
+        if not mean_loss.isfinite():
+            raise ValueError(f"the loss is {mean_loss.item()} at step {step + 1}; lower the learning rate and resume")
         plan.optimiser.zero_grad()
         loss.backward()
         plan.optimiser.step()
         last = step + 1 == plan.steps
-        if checkpoint and (last or time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS):
+        if checkpoint and distributed.rank() == 0 and (last or time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS):
             tensors = module.state_dict() | checkpoints.pack_optimiser(plan.optimiser)
             checkpoints.write(checkpoint, tensors, step=step + 1, **facts)
             saved = time.monotonic()
-        yield Step(step + 1, plan.steps, loss.item(), rate)
+        yield Step(step + 1, plan.steps, mean_loss.item(), rate)
     module.eval()
 
 
@@ -170,12 +175,19 @@ def autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
 
 def _resume(module: nn.Module, optimiser: torch.optim.Optimizer, path: Path | None, facts: dict) -> int:
     """Load ``path`` if it exists; the number of steps that it holds.  Raises ValueError if it is another run's."""
+    tensors, step = distributed.from_rank_0(lambda: _saved(path, facts))
+    if step:
+        module.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith("optimiser/")})
+        checkpoints.unpack_optimiser(optimiser, tensors)
+    return step
+
+
+def _saved(path: Path | None, facts: dict) -> tuple[dict[str, Tensor], int]:
+    """The tensors of the checkpoint at ``path`` and their step; nothing and 0 if there is none."""
     if path is None or not path.exists():
-        return 0
+        return {}, 0
     tensors, found = checkpoints.read(path)
     for name, value in facts.items():
         if found.get(name) != value:
             raise ValueError(f"{path} was made with {name} {found.get(name)}, not {value}; use another folder")
-    module.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith("optimiser/")})
-    checkpoints.unpack_optimiser(optimiser, tensors)
-    return found["step"]
+    return tensors, found["step"]
