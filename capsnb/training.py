@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,15 @@ from capsnb.model import CapsuleDecoder, CapsuleEncoder, ConvAutoencoder
 from capsnb.optim import OrthogonalMomentum
 
 _SECONDS_BETWEEN_CHECKPOINTS = 30.0
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Lower capsules before the squash: a tensor [N, I, e], or what gives rows [B, I, e] of one by their numbers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor) -> Tensor: ...
 
 
 class Step(NamedTuple):
@@ -64,7 +73,7 @@ def train_autoencoder(
 
 
 def train_encoder(
-    encoder: CapsuleEncoder, z_lower: Float[Tensor, "N I e"], *, seed: int, checkpoint: Path | None = None
+    encoder: CapsuleEncoder, z_lower: Rows, *, seed: int, checkpoint: Path | None = None
 ) -> Iterator[Step]:
     """Stage 2: Algorithm 1 on lower capsules x = squash(``z_lower``), with the optimiser of the encoder's settings."""
     settings = encoder.settings
@@ -75,7 +84,7 @@ def train_encoder(
 def train_decoder(
     decoder: CapsuleDecoder,
     capsules: Float[Tensor, "N J d"],
-    z_lower: Float[Tensor, "N I e"],
+    z_lower: Rows,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -87,21 +96,22 @@ def train_decoder(
     settings = decoder.settings
     if settings.rule == "least-squares":
         solve_decoder(decoder, capsules, z_lower)
-        yield Step(1, 1, decoder(capsules[:1000], z_lower[:1000].float()).item(), 0.0)
+        some = torch.arange(min(1000, len(capsules)))
+        yield Step(1, 1, decoder(*(part[some].to(decoder.U) for part in (capsules, z_lower))).item(), 0.0)
         return
     plan = _Plan(_optimiser(decoder, settings), settings.learning_rate, settings.steps, settings.batch, 50, False)
     yield from _minimise(decoder, (capsules, z_lower), plan, seed=seed, checkpoint=checkpoint)
 
 
 @torch.no_grad()
-def solve_decoder(decoder: CapsuleDecoder, capsules: Float[Tensor, "N J d"], z_lower: Float[Tensor, "N I e"]) -> None:
+def solve_decoder(decoder: CapsuleDecoder, capsules: Float[Tensor, "N J d"], z_lower: Rows) -> None:
     """Set U to the ridge regression of the lower capsules on the pose of the one capsule that is on (so e_ji = 1)."""
     if (capsules.abs().amax(2) > 0).sum(1).max() > 1:
         raise ValueError("least squares needs one capsule on per image; use the 'gradient' or 'literal' rule instead")
     code = capsules.flatten(1)
     gram = code.T @ code
     ridge = decoder.settings.ridge * gram.diagonal().mean()
-    moments = sum(c.T @ z.flatten(1).float() for c, z in zip(code.split(1000), z_lower.split(1000)))
+    moments = sum(code[rows].T @ z_lower[rows].flatten(1).to(code) for rows in torch.arange(len(code)).split(1000))
     solution = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), moments)
     upper, lower, e, d = decoder.U.shape
     decoder.U.copy_(solution.view(upper, d, lower, e).permute(0, 2, 3, 1))
@@ -118,7 +128,7 @@ def _optimiser(module: nn.Module, settings) -> torch.optim.Optimizer:
 
 def _minimise(
     module: nn.Module,
-    data: tuple[Tensor, ...],
+    data: tuple[Rows, ...],
     plan: _Plan,
     *,
     seed: int,
