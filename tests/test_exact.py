@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from capsnb import eq18_term, free_energy, squash
 from capsnb.exact import (
+    _drift,
     constant,
     disc_points,
     draw,
@@ -216,32 +217,41 @@ def test_held_couplings_are_the_same_and_have_no_derivative(model):
 # Draws
 
 
-def moments(x):
-    """Squared lengths, inner product of two capsules, and a product of two numbers, [B, 4]."""
-    return torch.stack([*x.square().sum(2).T, (x[:, 0] * x[:, 1]).sum(1), x[:, 0, 0] * x[:, 0, 1]], dim=1)
+def moments(x, F):
+    """Squared lengths, inner product of two capsules, a product of two numbers, and free energy: [B, 5]."""
+    products = (x[:, 0] * x[:, -1]).sum(1), x[:, 0, 0] * x[:, -1, 1]
+    return torch.stack([*x.square().sum(2).T, *products, F(x)], dim=1)
 
 
-def expected_moments(W, couplings):
-    F = free_energy(FINE.x, W, couplings(FINE.x, W))
-    return mean_under(FINE, F, moments(FINE.x))
+def assert_drawn(x, F, points):
+    """The moments of ``x`` are those under exp(-F), to within 4 standard errors."""
+    expected, found = mean_under(points, F(points.x), moments(points.x, F)), moments(x, F)
+    assert ((found.mean(0) - expected).abs() / (found.std(0) / len(x) ** 0.5)).max() < 4
 
 
 @readings
 def test_draws_have_the_moments_that_integration_gives(model, couplings, rng):
-    W = 0.7 * model[1][:, :2, :3]
+    W = model[1][:, :2, :3]
     x = draw(4_001, W, couplings, rng=rng)
     assert x.shape == (4_001, I, E)
-    assert_close(moments(x).mean(0), expected_moments(W, couplings), rtol=0, atol=0.03)
+    assert_drawn(x, lambda x: free_energy(x, W, couplings(x, W)), FINE)
+
+
+def test_draws_are_right_where_the_density_reaches_the_bound_of_the_rejection(rng):
+    W = 3 * torch.eye(2, dtype=torch.float64)[None, None]  # one expert of one capsule reaches it on the circle
+    one = constant(torch.ones(1, 1, dtype=torch.float64))
+    x = draw(4_001, W, one, rng=rng)
+    assert_drawn(x, lambda x: free_energy(x, W, one(x, W)), disc_points(1, 6))
 
 
 @pytest.mark.parametrize("leapfrog", [1, 4])
 @pytest.mark.parametrize("start", ["draws", "the origin"])
 def test_hmc_reaches_and_keeps_the_moments_that_integration_gives(model, coupling, rng, start, leapfrog):
-    W, couplings = model[1][:, :2, :3], constant(coupling[:, :2])
+    W, couplings = 1.5 * model[1][:, :2, :3], constant(coupling[:, :2])
     x = draw(3_001, W, couplings, rng=rng) if start == "draws" else torch.zeros(3_001, I, E, dtype=torch.float64)
     F = lambda x: free_energy(x, W, couplings(x, W))  # noqa: E731
     moved = hmc(x, F, steps=120 // leapfrog, step_size=0.3, leapfrog=leapfrog, rng=rng)
-    assert_close(moments(moved.x).mean(0), expected_moments(W, couplings), rtol=0, atol=0.03)
+    assert_drawn(moved.x, F, FINE)
     assert 0.5 < moved.accepted < 1
 
 
@@ -258,16 +268,13 @@ def test_hmc_keeps_the_uniform_density_of_three_dimensional_balls_and_accepts_ev
 def test_a_large_step_is_rejected_more_often_and_changes_no_moment(model, coupling, rng):
     W, couplings = model[1][:, :2, :3], constant(coupling[:, :2])
     x = draw(3_001, W, couplings, rng=rng)
-    small, large = (
-        hmc(x, lambda x: free_energy(x, W, couplings(x, W)), steps=10, step_size=s, rng=rng) for s in (0.1, 1.0)
-    )
+    F = lambda x: free_energy(x, W, couplings(x, W))  # noqa: E731
+    small, large = (hmc(x, F, steps=10, step_size=size, rng=rng) for size in (0.1, 1.0))
     assert large.accepted < small.accepted
-    assert_close(moments(large.x).mean(0), expected_moments(W, couplings), rtol=0, atol=0.03)
+    assert_drawn(large.x, F, FINE)
 
 
-def test_a_trajectory_run_backwards_returns_to_its_start(model, coupling, double):
-    from capsnb.exact import _drift
-
+def test_a_path_with_reflections_run_backwards_returns_to_its_start(double):
     x = uniform_in_balls(101, I, E, rng=torch.Generator().manual_seed(3))
     there, velocity, arrived = _drift(x, double(101, I, E), 3.0)
     back, _, _ = _drift(there, -velocity, 3.0)
