@@ -51,9 +51,9 @@ def _gauss(count: int) -> tuple[Tensor, Tensor]:
 def uniform_in_balls(
     count: int, lower: int, dim: int, *, rng: torch.Generator, dtype: torch.dtype = torch.float64
 ) -> Float[Tensor, "count lower dim"]:
-    """Independent draws, every capsule uniform in the unit ball."""
-    direction = torch.randn(count, lower, dim, generator=rng, dtype=dtype)
-    length = torch.rand(count, lower, 1, generator=rng, dtype=dtype) ** (1 / dim)
+    """Independent draws, every capsule uniform in the unit ball, on the device of ``rng``."""
+    direction = torch.randn(count, lower, dim, generator=rng, dtype=dtype, device=rng.device)
+    length = torch.rand(count, lower, 1, generator=rng, dtype=dtype, device=rng.device) ** (1 / dim)
     return length * torch.nn.functional.normalize(direction, dim=2)
 
 
@@ -146,7 +146,7 @@ def draw(
     while sum(map(len, kept)) < count:
         x = uniform_in_balls(_PROPOSALS, W.shape[0], W.shape[3], rng=rng, dtype=W.dtype)
         log_share = -free_energy(x, W, couplings(x, W)).detach() - highest
-        kept.append(x[torch.rand(len(x), generator=rng, dtype=x.dtype).log() < log_share])
+        kept.append(x[torch.rand(len(x), generator=rng, dtype=x.dtype, device=x.device).log() < log_share])
     return torch.cat(kept)[:count]
 
 
@@ -181,9 +181,9 @@ def hmc(
         raise ValueError("a capsule of x is longer than 1; start the chains inside the unit balls")
     accepted = 0.0
     for _ in range(steps):
-        momentum = torch.randn(x.shape, generator=rng, dtype=x.dtype)
+        momentum = torch.randn(x.shape, generator=rng, dtype=x.dtype, device=x.device)
         proposal, gain = _propose(x, momentum, free_energy_of, step_size, leapfrog)
-        accept = torch.rand(len(x), generator=rng, dtype=x.dtype).log() < gain
+        accept = torch.rand(len(x), generator=rng, dtype=x.dtype, device=x.device).log() < gain
         x = torch.where(accept[:, None, None], proposal, x)
         accepted += accept.double().mean().item() / steps
     return Moved(x, accepted)
@@ -196,7 +196,7 @@ _MOST_REFLECTIONS = 50  # in one step; a path that needs more, sliding along the
 def _propose(x: Tensor, momentum: Tensor, free_energy_of, step_size: float, leapfrog: int) -> tuple[Tensor, Tensor]:
     """The end of a leapfrog trajectory, and the log of its density with momentum over that of its start."""
     start = free_energy_of(x).detach() + momentum.square().sum((1, 2)) / 2
-    arrived = torch.ones(len(x), dtype=torch.bool)
+    arrived = torch.ones(len(x), dtype=torch.bool, device=x.device)
     momentum = momentum - step_size / 2 * _slope(x, free_energy_of)
     for done in range(leapfrog):
         x, momentum, inside = _drift(x, momentum, step_size)
