@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from capsnb import checkpoints, data, plots, runs, settings, web_export
+from capsnb import checkpoints, data, distributed, plots, runs, settings, web_export
 from capsnb.evaluation import evaluate, single_capsule_images
 from capsnb.pretrained import NAMES, load_model, load_pretrained, save_model
 from capsnb.sampling import DOMAINS
@@ -34,10 +34,13 @@ def train(options: argparse.Namespace) -> None:
         chosen = replace(chosen, autoencoder=replace(chosen.autoencoder, reading=options.autoencoder))
     chosen = settings.quick(chosen) if options.quick else chosen
     stages = runs.STAGES if options.stage == "all" else (int(options.stage),)
-    images, _ = data.load(options.dataset, "train", sample=_sample(options))
     run = runs.Run(chosen, options.dataset, options.out, options.seed, options.device, options.quick)
-    runs.train(run, images, stages=stages, resume=options.resume)
-    print(f"{options.out} holds stage {options.stage} of {options.preset}: {len(images)} images of {options.dataset}")
+    with distributed.processes(options.device):
+        images, _ = distributed.from_rank_0(lambda: data.load(options.dataset, "train", sample=_sample(options)))
+        runs.train(run, images, stages=stages, resume=options.resume)
+        if distributed.rank() == 0:
+            done = f"stage {options.stage} of {options.preset}: {len(images)} images of {options.dataset}"
+            print(f"{options.out} holds {done}")
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -98,7 +101,8 @@ def _sample(options: argparse.Namespace) -> bool | None:
 
 
 def _device(name: str) -> str:
-    """``name``, if tensors can be made there."""
+    """``name``, under torchrun with the GPU's number, if tensors can be made there."""
+    name = distributed.own_device(name)
     try:
         torch.empty(0, device=name)
     except (AssertionError, RuntimeError) as error:

@@ -6,6 +6,7 @@
 """
 
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,11 +18,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import capsnb
-from capsnb import checkpoints, training
+from capsnb import checkpoints, distributed, training
 from capsnb.capsules import squash
 from capsnb.model import ExpertCapsules
 from capsnb.pretrained import save_model
 from capsnb.settings import Settings
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 STAGES = (1, 2, 3)
 _PARTS = {1: "autoencoder", 2: "encoder", 3: "decoder"}
@@ -46,14 +52,14 @@ def train(run: Run, images: Tensor, *, stages: tuple[int, ...] = STAGES, resume:
     Raises FileExistsError when the folder holds such a stage already and ``resume`` is off, ValueError when it holds a
     run with other settings, FileNotFoundError when an earlier stage is missing.
     """
-    metrics = _open(run, len(images), stages, resume)
+    distributed.require_same(settings=asdict(run.settings), seed=run.seed, stages=stages)
+    metrics = distributed.from_rank_0(lambda: _open(run, len(images), stages, resume))
     torch.manual_seed(run.seed)
     model = ExpertCapsules(run.settings).to(run.device)
-    encoded = _Encoded(model, images)
+    encoded = Encoded(model, images)
     for stage in STAGES[: max(stages)]:
-        if _is_finished(run, stage):
-            tensors, _ = checkpoints.read(_checkpoint(run, stage))
-            getattr(model, _PARTS[stage]).load_state_dict(tensors)
+        if finished := distributed.from_rank_0(lambda: _finished(run, stage)):
+            getattr(model, _PARTS[stage]).load_state_dict(finished)
         elif stage in stages:
             _train_stage(encoded, run, stage, metrics)
         else:
@@ -63,59 +69,54 @@ def train(run: Run, images: Tensor, *, stages: tuple[int, ...] = STAGES, resume:
     return model.eval()
 
 
-def lower_preactivations(model: ExpertCapsules, images: Tensor) -> Tensor:
-    """Stage 1's capsules of all ``images`` on the CPU, in half precision to halve their memory."""
-    device = model.poses.mean.device
-    result = []
-    for part in images.split(500):
-        with torch.no_grad(), training.autocast(device):
-            lower = model.lower_preactivations(part.to(device))
-        result.append(lower.to("cpu", torch.float16))
-    return torch.cat(result)
+class Encoded:
+    """What stages 1 and 2 make of ``images``.
 
-
-def upper_capsules(model: ExpertCapsules, lower: Tensor) -> Tensor:
-    """Stage 2's capsules from what ``lower_preactivations`` gave, on the CPU."""
-    device = model.poses.mean.device
-    with torch.no_grad():
-        parts = (squash(part.to(device).float()) for part in lower.split(500))
-        return torch.cat([model.encoder.encode(part).cpu() for part in parts])
-
-
-class _Encoded:
-    """The images, and what each finished stage makes of them: encoded when first asked for, then kept."""
+    Rows of it are stage 1's capsules z, [N, I, e], encoded whenever they are asked for: kept, they would take twelve
+    times the memory of the images.
+    """
 
     def __init__(self, model: ExpertCapsules, images: Tensor):
         self.model, self.images = model, images
 
-    @cached_property
-    def lower(self) -> Tensor:
-        """What ``lower_preactivations`` gives; stage 1 must be finished."""
-        return lower_preactivations(self.model.eval(), self.images)
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @torch.no_grad()
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        device = self.model.poses.mean.device
+        with training.autocast(device):
+            return self.model.lower_preactivations(self.images[rows].to(device)).float()
 
     @cached_property
+    @torch.no_grad()
     def upper(self) -> Tensor:
-        """What ``upper_capsules`` gives; stage 2 must be finished."""
-        return upper_capsules(self.model.eval(), self.lower)
+        """The upper capsules [N, J, d] of all images, on the CPU; stage 2 must be finished."""
+        encoder = self.model.eval().encoder
+        return torch.cat([encoder.encode(squash(self[rows])).cpu() for rows in torch.arange(len(self)).split(500)])
 
 
-def _train_stage(encoded: _Encoded, run: Run, stage: int, metrics: dict) -> None:
-    model = encoded.model.eval()
-    _follow(_updates(encoded, run, stage), run, stage, metrics)
+def _train_stage(encoded: Encoded, run: Run, stage: int, metrics: dict) -> None:
+    model, steps = encoded.model.eval(), _updates(encoded, run, stage)
+    if distributed.rank() > 0:
+        for _ in steps:  # rank 0 shows and writes them for all
+            pass
+        return
+    _follow(steps, run, stage, metrics)
     part = getattr(model, _PARTS[stage])
     facts = {"finished": True, "settings": asdict(part.settings), "seed": run.seed}
     checkpoints.write(_checkpoint(run, stage), part.state_dict(), **facts)
 
 
-def _updates(encoded: _Encoded, run: Run, stage: int) -> Iterator[training.Step]:
-    """The updates of ``stage``; encoding the images for it, where that is not done yet, counts as its time too."""
+def _updates(encoded: Encoded, run: Run, stage: int) -> Iterator[training.Step]:
+    """The updates of ``stage``; encoding the images for it counts as its time too."""
     model, options = encoded.model, {"seed": run.seed, "checkpoint": _checkpoint(run, stage)}
     if stage == 1:
         yield from training.train_autoencoder(model.autoencoder, encoded.images, **options)
     elif stage == 2:
-        yield from training.train_encoder(model.encoder, encoded.lower, **options)
+        yield from training.train_encoder(model.encoder, encoded, **options)
     else:
-        yield from training.train_decoder(model.decoder, encoded.upper, encoded.lower, **options)
+        yield from training.train_decoder(model.decoder, encoded.upper, encoded, **options)
 
 
 def _follow(steps: Iterator[training.Step], run: Run, stage: int, metrics: dict) -> None:
@@ -141,29 +142,32 @@ def _follow(steps: Iterator[training.Step], run: Run, stage: int, metrics: dict)
             written = time.monotonic()
     if bar is not None:
         bar.close()
+    record["peak_memory_mb"] = peak_memory()
     checkpoints.write_json(run.out / "metrics.json", metrics)
 
 
-def _finish(encoded: _Encoded, run: Run, metrics: dict) -> None:
+def _finish(encoded: Encoded, run: Run, metrics: dict) -> None:
     model = encoded.model.eval()
     model.poses.fit(encoded.upper)
+    model.cpu()
     facts = {"dataset": run.dataset, "seed": run.seed, "quick": run.quick, "images": len(encoded.images)}
-    save_model(model.cpu(), run.out / "model.safetensors", **facts, versions=metrics["versions"])
+    if distributed.rank() == 0:
+        save_model(model, run.out / "model.safetensors", **facts, versions=metrics["versions"])
 
 
 def _checkpoint(run: Run, stage: int) -> Path:
     return run.out / f"stage{stage}.safetensors"
 
 
-def _is_finished(run: Run, stage: int) -> bool:
-    """Whether the stage is done; its file then says with which settings, which must be this run's."""
+def _finished(run: Run, stage: int) -> dict[str, Tensor] | None:
+    """The stage's weights if it is done; its file then says with which settings, which must be this run's."""
     if not _checkpoint(run, stage).exists():
-        return False
-    _, facts = checkpoints.read(_checkpoint(run, stage))
+        return None
+    tensors, facts = checkpoints.read(_checkpoint(run, stage))
     wanted = asdict(getattr(run.settings, _PARTS[stage]))
     if facts["settings"] != wanted:
         raise ValueError(f"{run.out} holds stage {stage} with other settings; choose another --out")
-    return facts.get("finished", False)
+    return tensors if facts.get("finished") else None
 
 
 def _open(run: Run, images: int, stages: tuple[int, ...], resume: bool) -> dict:
@@ -179,6 +183,14 @@ def _open(run: Run, images: int, stages: tuple[int, ...], resume: bool) -> dict:
         if metrics.get(name, value) != value:
             raise ValueError(f"{run.out} holds a run with {name} {metrics[name]}, not {value}; choose another --out")
     return facts | {"versions": versions(), "device": run.device, "stages": metrics["stages"]}
+
+
+def peak_memory() -> int | None:
+    """Megabytes that this process has held at most, so far; None on Windows, which does not tell."""
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes in which the system counts
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
 
 
 def versions() -> dict[str, str]:

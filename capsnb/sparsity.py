@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from capsnb import distributed
 from capsnb.capsules import squash
 from capsnb.settings import SparsitySettings
 
@@ -76,7 +77,7 @@ class Sparsity(nn.Module):
         settings, count = self.settings, explanation.shape[1]
         self.updates += 1
         winner = self.score(explanation).argmax(1)
-        wins = torch.bincount(winner, minlength=count) / len(explanation)
+        wins = distributed.mean(torch.bincount(winner, minlength=count) / len(explanation))
         self.share.lerp_(wins.to(self.share), 1 - settings.running)
         self.boost += settings.boost_step * (self.share < settings.share_low / count)
         self.boost -= settings.boost_step * (self.share > settings.share_high / count)

@@ -5,25 +5,37 @@
 
 Everything drawn at a step depends on the seed and the step's number alone, so a run that was interrupted and resumed
 from its checkpoint ends with the same weights as one that was not.
+
+Several processes (see capsnb.distributed) share the rows of every batch and make the updates that one process would
+make of them. Only the dropout differs: each process draws its own for its part, so that no two images share a mask.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from capsnb import checkpoints
+from capsnb import checkpoints, distributed
 from capsnb.capsules import squash
 from capsnb.checks import require_choice, require_images
 from capsnb.model import CapsuleDecoder, CapsuleEncoder, ConvAutoencoder
 from capsnb.optim import OrthogonalMomentum
 
 _SECONDS_BETWEEN_CHECKPOINTS = 30.0
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Lower capsules before the squash: a tensor [N, I, e], or what gives rows [B, I, e] of one by their numbers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor) -> Tensor: ...
 
 
 class Step(NamedTuple):
@@ -61,7 +73,7 @@ def train_autoencoder(
 
 
 def train_encoder(
-    encoder: CapsuleEncoder, z_lower: Float[Tensor, "N I e"], *, seed: int, checkpoint: Path | None = None
+    encoder: CapsuleEncoder, z_lower: Rows, *, seed: int, checkpoint: Path | None = None
 ) -> Iterator[Step]:
     """Stage 2: Algorithm 1 on lower capsules x = squash(``z_lower``), with the optimiser of the encoder's settings."""
     settings = encoder.settings
@@ -72,7 +84,7 @@ def train_encoder(
 def train_decoder(
     decoder: CapsuleDecoder,
     capsules: Float[Tensor, "N J d"],
-    z_lower: Float[Tensor, "N I e"],
+    z_lower: Rows,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -84,32 +96,31 @@ def train_decoder(
     settings = decoder.settings
     if settings.rule == "least-squares":
         solve_decoder(decoder, capsules, z_lower)
-        yield Step(1, 1, decoder(capsules[:1000], z_lower[:1000].float()).item(), 0.0)
+        some = torch.arange(min(1000, len(capsules)))
+        yield Step(1, 1, decoder(*(part[some].to(decoder.U) for part in (capsules, z_lower))).item(), 0.0)
         return
     plan = _Plan(_optimiser(decoder, settings), settings.learning_rate, settings.steps, settings.batch, 50, False)
     yield from _minimise(decoder, (capsules, z_lower), plan, seed=seed, checkpoint=checkpoint)
 
 
 @torch.no_grad()
-def solve_decoder(decoder: CapsuleDecoder, capsules: Float[Tensor, "N J d"], z_lower: Float[Tensor, "N I e"]) -> None:
+def solve_decoder(decoder: CapsuleDecoder, capsules: Float[Tensor, "N J d"], z_lower: Rows) -> None:
     """Set U to the ridge regression of the lower capsules on the pose of the one capsule that is on (so e_ji = 1)."""
     if (capsules.abs().amax(2) > 0).sum(1).max() > 1:
         raise ValueError("least squares needs one capsule on per image; use the 'gradient' or 'literal' rule instead")
     upper, lower, e, d = decoder.U.shape
-    solution = ridge_regression(capsules.flatten(1), z_lower.flatten(1), ridge=decoder.settings.ridge)
+    solution = ridge_regression(capsules.flatten(1), z_lower, ridge=decoder.settings.ridge)
     decoder.U.copy_(solution.view(upper, d, lower, e).permute(0, 2, 3, 1))
 
 
-def ridge_regression(
-    code: Float[Tensor, "N inputs"], target: Float[Tensor, "N outputs"], *, ridge: float
-) -> Float[Tensor, "inputs outputs"]:
+def ridge_regression(code: Float[Tensor, "N inputs"], target: Rows, *, ridge: float) -> Float[Tensor, "inputs outputs"]:
     """The matrix A that minimises ‖code A - target‖² + ``ridge`` (mean squared column length of code) ‖A‖².
 
-    It has no intercept, so a code of zeros stays zero. ``target`` may be in half precision.
+    A row of ``target`` counts as one vector, in any precision. No intercept: a code of zeros stays zero.
     """
     gram = code.T @ code
     penalty = ridge * gram.diagonal().mean()
-    moments = sum(c.T @ t.to(code) for c, t in zip(code.split(1000), target.split(1000)))
+    moments = sum(code[rows].T @ target[rows].flatten(1).to(code) for rows in torch.arange(len(code)).split(1000))
     return torch.linalg.solve(gram + penalty * torch.eye(len(gram)).to(gram), moments)
 
 
@@ -124,7 +135,7 @@ def _optimiser(module: nn.Module, settings) -> torch.optim.Optimizer:
 
 def _minimise(
     module: nn.Module,
-    data: tuple[Tensor, ...],
+    data: tuple[Rows, ...],
     plan: _Plan,
     *,
     seed: int,
@@ -134,29 +145,31 @@ def _minimise(
     """Minimise ``module(*batch)``; yield after every update; save to and go on from ``checkpoint``."""
     device = next(module.parameters()).device
     facts = {"settings": asdict(module.settings), "seed": seed, "rows": len(data[0])}
+    distributed.require_same(**facts)
     done = _resume(module, plan.optimiser, checkpoint, facts)
     saved = time.monotonic()
-    module.train()
+    parallel = distributed.parallel(module.train())
     for step in range(done, plan.steps):
         rate = plan.learning_rate * min(1, (step + 1) / plan.warmup) * (1 - step / plan.steps)
         for group in plan.optimiser.param_groups:
             group["lr"] = rate
-        rows = batch_rows(len(data[0]), plan.batch, step, seed)
+        rows = distributed.own_part(batch_rows(len(data[0]), plan.batch, step, seed))
         batch = [prepare(part[rows].to(device).float()) for part in data]
         with torch.random.fork_rng(), autocast(device, plan.autocast):
-            torch.manual_seed(seed * 1_000_003 + step)
-            loss = module(*batch)
-        if not loss.isfinite():
-            raise ValueError(f"the loss is {loss.item()} at step {step + 1}; lower the learning rate and resume")
+            torch.manual_seed(seed * 1_000_003 + step + (distributed.rank() << 24))
+            loss = parallel(*batch)
+        mean_loss = distributed.mean(loss.detach())  # the same in every process, so that all of them stop or none
+        if not mean_loss.isfinite():
+            raise ValueError(f"the loss is {mean_loss.item()} at step {step + 1}; lower the learning rate and resume")
         plan.optimiser.zero_grad()
         loss.backward()
         plan.optimiser.step()
         last = step + 1 == plan.steps
-        if checkpoint and (last or time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS):
+        if checkpoint and distributed.rank() == 0 and (last or time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS):
             tensors = module.state_dict() | checkpoints.pack_optimiser(plan.optimiser)
             checkpoints.write(checkpoint, tensors, step=step + 1, **facts)
             saved = time.monotonic()
-        yield Step(step + 1, plan.steps, loss.item(), rate)
+        yield Step(step + 1, plan.steps, mean_loss.item(), rate)
     module.eval()
 
 
@@ -179,12 +192,19 @@ def autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
 
 def _resume(module: nn.Module, optimiser: torch.optim.Optimizer, path: Path | None, facts: dict) -> int:
     """Load ``path`` if it exists; the number of steps that it holds.  Raises ValueError if it is another run's."""
+    tensors, step = distributed.from_rank_0(lambda: _saved(path, facts))
+    if step:
+        module.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith("optimiser/")})
+        checkpoints.unpack_optimiser(optimiser, tensors)
+    return step
+
+
+def _saved(path: Path | None, facts: dict) -> tuple[dict[str, Tensor], int]:
+    """The tensors of the checkpoint at ``path`` and their step; nothing and 0 if there is none."""
     if path is None or not path.exists():
-        return 0
+        return {}, 0
     tensors, found = checkpoints.read(path)
     for name, value in facts.items():
         if found.get(name) != value:
             raise ValueError(f"{path} was made with {name} {found.get(name)}, not {value}; use another folder")
-    module.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith("optimiser/")})
-    checkpoints.unpack_optimiser(optimiser, tensors)
-    return found["step"]
+    return tensors, found["step"]

@@ -103,7 +103,7 @@ def test_the_poses_of_the_model_are_those_of_its_training_images(train, folder, 
     model = load_model(tmp_path / "run" / "model.safetensors")
     found = {name: value.clone() for name, value in model.poses.state_dict().items()}
     images = data.load(str(folder), "train")[0]
-    model.poses.fit(runs.upper_capsules(model, runs.lower_preactivations(model, images)))
+    model.poses.fit(runs.Encoded(model, images).upper)
     assert_close(dict(model.poses.state_dict()), found, rtol=1e-4, atol=1e-5)
     assert_close(found["share"].sum(), torch.tensor(1.0))
 
@@ -124,14 +124,29 @@ def test_a_point_of_a_curve_is_the_mean_loss_of_its_ten_updates(small_presets, t
 
 def test_the_inputs_of_stages_2_and_3_are_the_capsules_of_the_models_own_methods(small_model, digits):
     images = digits[0][:509]
-    lower = runs.lower_preactivations(small_model, images)
-    assert lower.dtype == torch.float16
+    encoded, rows = runs.Encoded(small_model, images), torch.tensor([3, 508, 11])
     with torch.no_grad():
         features = small_model.autoencoder.features(images)
     scale = small_model.settings.encoder.input_scale
-    assert_close(lower.float(), scale * to_capsules(features, 3), rtol=0.03, atol=0.03)
-    upper = small_model.encoder.encode(squash(lower.float())).detach()
-    assert_close(runs.upper_capsules(small_model, lower), upper)
+    assert len(encoded) == 509 and encoded[rows].dtype == torch.float32
+    assert_close(encoded[rows], scale * to_capsules(features, 3)[rows], rtol=0.03, atol=0.03)
+    assert_close(encoded.upper, small_model.encoder.encode(squash(encoded[torch.arange(509)])).detach())
+
+
+def test_no_more_lower_capsules_are_held_than_were_asked_for(small_model, digits, monkeypatch):
+    asked, encode = [], small_model.lower_preactivations
+    monkeypatch.setattr(small_model, "lower_preactivations", lambda images: asked.append(len(images)) or encode(images))
+    encoded = runs.Encoded(small_model, digits[0][:1000].repeat(2, 1, 1, 1))
+    encoded[torch.tensor([3, 5, 7])]
+    assert len(encoded.upper) == 2000 and len(encoded.upper) == 2000
+    assert asked == [3, 500, 500, 500, 500]
+
+
+def test_every_stage_reports_its_peak_memory(train, tmp_path):
+    train("--out", tmp_path / "run")
+    stages = checkpoints.read_json(tmp_path / "run" / "metrics.json")["stages"]
+    peaks = [stages[stage]["peak_memory_mb"] for stage in "123"]
+    assert peaks == sorted(peaks) and 50 < peaks[0] <= runs.peak_memory()
 
 
 def test_the_bias_free_reading_is_an_option(train, tmp_path):

@@ -15,6 +15,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 # It runs as root in containers, and asks nobody for anything by itself.
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync""".split()
+START = 180_000  # milliseconds that a busy machine may take to start it
 
 
 def find() -> str | None:
@@ -26,9 +27,13 @@ def find() -> str | None:
 def launch(path: str) -> Iterator[Browser]:
     """A headless browser with a profile of its own."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS, timeout=START)
         yield browser
         browser.close()
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # of connections that a busy machine has not answered yet; five are too few for a page
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -64,7 +69,7 @@ def _gzipped(path: Path) -> bytes:
 def serve(folder: Path, *, compress: bool = False) -> Iterator[str]:
     """The address, ending in a slash, at which ``folder`` is served, text gzipped if ``compress``."""
     handler = partial(_Compressing if compress else _Handler, directory=str(folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with _Server(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()

@@ -80,7 +80,7 @@ class Session {
     const values = { state, manifest, shown: named ? {} : this.printed, faces: null };
     this.model = new LocalModel(values, () => this.#save());
     this.live.replaceChildren();
-    render({ model: this.model, el: this.live });
+    this.stop = render({ model: this.model, el: this.live });
     [this.still.hidden, this.live.hidden] = [true, false];
     if (named) this.live.scrollIntoView({ block: "center" });
     await this.#engine(state, manifest);
@@ -97,6 +97,8 @@ class Session {
 
   /** Show the still picture again, and say why. */
   close(error) {
+    this.stop?.(); // or what plays would go on behind the picture, and fail again in every frame
+    delete this.placeholder.dataset.ready;
     [this.still.hidden, this.live.hidden] = [false, true];
     const again = Object.assign(document.createElement("button"), { type: "button", textContent: "Try again" });
     again.addEventListener("click", () => attempt(this, () => this.open()));
@@ -122,11 +124,15 @@ class Session {
     return false;
   }
 
+  /** Show the new state, then write it into the address: not before, or a failed one would be tried again and again. */
   #save() {
+    const state = this.model.get("state");
     this.notice = "";
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => address.write(this.kind, this.model.get("state")), 300);
-    attempt(this, () => this.#show());
+    attempt(this, async () => {
+      await this.#show();
+      if (state === this.model.get("state")) this.timer = setTimeout(() => address.write(this.kind, state), 300);
+    });
   }
 
   /** Compute what the state asks for, as far as nothing newer is asked meanwhile. */

@@ -5,7 +5,10 @@ from contextlib import ExitStack
 
 import chromium
 import pytest
-from website import HTML, is_built
+from playwright.sync_api import expect
+from website import HTML, PATIENCE, is_built
+
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +20,24 @@ def browser():
         give_up(f"none of {', '.join(chromium.NAMES)} is installed")
     with chromium.launch(path) as browser:
         yield browser
+
+
+@pytest.fixture
+def window(browser):
+    """Open a fresh browser window; returns its page, which lists the errors of its scripts as ``failed``."""
+    contexts = []
+
+    def open(**options):
+        contexts.append(context := browser.new_context(**options))
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        page.failed = []
+        page.on("pageerror", lambda error: page.failed.append(str(error)))
+        return page
+
+    yield open
+    for context in contexts:
+        context.close()
 
 
 @pytest.fixture(scope="session")

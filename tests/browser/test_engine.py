@@ -30,11 +30,10 @@ def site(tmp_path_factory, serve):
 
 
 @pytest.fixture
-def page(browser, site):
-    page = browser.new_page()
+def page(window, site):
+    page = window()
     page.goto(site)
-    yield page
-    page.close()
+    return page
 
 
 @pytest.fixture(params=web_export.DATASETS)
@@ -90,16 +89,15 @@ def test_a_slider_that_moves_on_and_on_stays_with_torch(page, rng, dataset):
     assert differ(decode(page, "exact", dataset, capsules), model.decode(capsules)) <= 1e-4
 
 
-def test_without_webassembly_plain_javascript_makes_the_same_pictures(browser, page, site, rng):
+def test_without_webassembly_plain_javascript_makes_the_same_pictures(window, page, site, rng):
     capsules = codes(load_pretrained("mnist"), "mnist", rng)[20:32]
     asked = "(model, codes, backend) => backend"
     assert in_browser(page, "small", "mnist", asked, []) == "wasm-simd"
-    old = browser.new_page()
+    old = window()
     old.add_init_script("delete globalThis.WebAssembly")
     old.goto(site)
     assert in_browser(old, "small", "mnist", asked, []) == "plain"
     assert differ(decode(old, "small", "mnist", capsules), decode(page, "small", "mnist", capsules)) <= 1e-5
-    old.close()
 
 
 @pytest.mark.parametrize("kind, lower, capsule", [("small", 0.02, 0.002), ("exact", 1e-4, 1e-5)])

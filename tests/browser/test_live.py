@@ -3,9 +3,9 @@
 import base64
 import json
 
-import numpy as np
 import pytest
-from website import pixels
+from playwright.sync_api import expect
+from website import eventually, expect_picture
 
 from capsnb import load_pretrained
 from capsnb.explorer import strip
@@ -46,14 +46,12 @@ def sent(widget):
 
 
 @pytest.fixture
-def notebook(browser, website):
+def notebook(window, website):
     """Show a widget as a notebook does; returns the page."""
     pages = []
 
     def show(widget):
-        page = browser.new_page()
-        pages.append((page, failed := []))
-        page.on("pageerror", lambda error: failed.append(str(error)))
+        pages.append(page := window())
 
         def kernel(state):
             widget.state = json.loads(json.dumps(state))
@@ -66,33 +64,28 @@ def notebook(browser, website):
         return page
 
     yield show
-    assert [failed for _, failed in pages if failed] == []
-    for page, _ in pages:
-        page.close()
+    assert [page.failed for page in pages if page.failed] == []
 
 
 def test_a_slider_moves_the_state_in_python_and_torchs_picture_comes_back(notebook):
     explorer = Explorer()
     page = notebook(explorer)
     page.get_by_role("slider", name="number 3", exact=True).fill("-0.6")
-    page.wait_for_timeout(500)
-    assert explorer.state["pose"][3] == -0.6 and explorer.state["dimension"] == 3
+    eventually(page, lambda: (explorer.state["pose"][3], explorer.state["dimension"]), (-0.6, 3))
     images = strip(explorer.state, load_pretrained("mnist"))[:, 0].numpy()
     for n in (0, 10):
-        assert np.abs(pixels(page.locator(".capsnb-strip canvas").nth(n)) - images[n]).max() < 0.003
-    assert np.abs(pixels(page.locator("canvas").first) - images[5]).max() < 0.003
+        expect_picture(page.locator(".capsnb-strip canvas").nth(n), images[n], 0.003)
+    expect_picture(page.locator("canvas").first, images[5], 0.003)
 
 
 def test_another_data_set_is_read_by_python_and_begins_with_one_of_its_images(notebook):
     explorer = Explorer()
     page = notebook(explorer)
     page.get_by_label("Data set").select_option("fashion-mnist")
-    page.get_by_label("ankle boot").first.wait_for(timeout=30_000)
-    page.wait_for_timeout(1000)
-    assert explorer.state["dataset"] == "fashion-mnist" and explorer.state["start"] == "real"
-    assert (
-        explorer.state["pose"] == explorer.manifest["digits"][0]["code"][16 * (j := explorer.state["capsule"]) :][:16]
-    ), j
+    expect(page.get_by_label("ankle boot").first).to_be_visible()
+    eventually(page, lambda: (explorer.state["dataset"], explorer.state["start"]), ("fashion-mnist", "real"))
+    first, capsule = explorer.manifest["digits"][0], explorer.state["capsule"]
+    assert explorer.state["pose"] == first["code"][16 * capsule :][:16], capsule
 
 
 @pytest.mark.parametrize(
@@ -109,5 +102,4 @@ def test_the_other_widgets_reach_python_too(notebook, widget, act, changed):
     shown = widget()
     page = notebook(shown)
     act(page)
-    page.wait_for_timeout(500)
-    assert {name: shown.state[name] for name in changed} == changed
+    eventually(page, lambda: {name: shown.state[name] for name in changed}, changed)
