@@ -1,7 +1,7 @@
 """How fast and how lean capsnb is on this machine, beside the same work written over stored votes.
 
     python -m benchmarks.speed --out capsnb/results/speed.json      about three minutes
-    python -m benchmarks.speed --run runs/mnist ...                 adds what a training run in that folder took
+    python -m benchmarks.speed --run runs/mnist ...                 adds what the training run in that folder took
     python -m benchmarks.speed --quick                              tiny sizes, only to see that it works
 
 Prints a table and writes JSON. What is compared runs in turn, so that a busy moment slows all alike; times are medians,
@@ -153,11 +153,18 @@ def _processor() -> str:
 
 
 def training(folder: Path) -> dict:
-    """Seconds and peak memory of every stage of the finished run in ``folder``."""
-    metrics = checkpoints.read_json(folder / "metrics.json")
-    kept = ("seconds", "peak_memory_mb")
-    stages = {stage: {name: record.get(name) for name in kept} for stage, record in metrics["stages"].items()}
-    return {"dataset": metrics["dataset"], "preset": metrics["settings"]["preset"], "stages": stages}
+    """Seconds and peak memory of every stage of the finished run in ``folder``, and how good its model is.
+
+    The folder's evaluation.json is what ``python -m capsnb evaluate --out`` wrote there for that model.
+    """
+    metrics, evaluation = (checkpoints.read_json(folder / f"{name}.json") for name in ("metrics", "evaluation"))
+    stages = {
+        stage: {name: record[name] for name in ("seconds", "peak_memory_mb")}
+        for stage, record in metrics["stages"].items()
+    }
+    quality = {name: evaluation["measures"][name] for name in ("purity", "linear_probe", "reconstruction_mse")}
+    facts = {"dataset": metrics["dataset"], "preset": metrics["settings"]["preset"]}
+    return {**facts, "images": metrics["images"], "stages": stages, "measures": quality}
 
 
 def measure(device: str, quick: bool) -> dict:
@@ -188,13 +195,14 @@ def show(result: dict) -> None:
         print(f"{'images a second, batch ' + str(row['batch']):28s} {rates}")
     for stage, record in result.get("training", {}).get("stages", {}).items():
         print(f"{'training, stage ' + stage:28s} {record['seconds']:9.1f} s  peak memory {record['peak_memory_mb']} MB")
+    print("  ".join(f"{name} {value:.4f}" for name, value in result.get("training", {}).get("measures", {}).items()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: for checks only")
-    parser.add_argument("--run", type=Path, help="folder of a finished training run")
+    parser.add_argument("--run", type=Path, help="folder of a finished training run with its evaluation.json")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     result = measure(options.device, options.quick)

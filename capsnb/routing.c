@@ -55,16 +55,15 @@ static inline lanes turn(lanes *capsule, lanes scale, lanes *direction) {
 }
 
 // All rounds for one block of images. Of lanes: x [I, E], on [I] (1: takes part, 0: does not), and the results
-// coupling [I, J], z [J, D], agreement [J]. W [I, J, D, E] is of numbers. The couplings sum to 1 over j if over_upper,
-// else over i; each round adds sharpness times the cosine of vote and capsule to a logit.
-// Returns 0, or 1 if there was no memory.
-int route_block(const lanes *x, const lanes *on, const float *W, lanes *coupling, lanes *z, lanes *agreement,
-                long I, long J, int rounds, int over_upper, float sharpness) {
+// coupling [I, J], z [J, D], agreement [J]; scratch [J, 2 D + 4]. W [I, J, D, E] is of numbers. The couplings sum to 1
+// over j if over_upper, else over i; each round adds sharpness times the cosine of vote and capsule to a logit.
+static void route_block(const lanes *x, const lanes *on, const float *W, lanes *coupling, lanes *z, lanes *agreement,
+                        lanes *scratch, long I, long J, int rounds, int over_upper, float sharpness) {
   const lanes one = (lanes){0} + 1;
-  lanes *votes = calloc(J * (2 * D + 4), sizeof(lanes)), *direction = votes + J * D;
+  lanes *votes = scratch, *direction = votes + J * D;
   lanes *length = direction + J * D, *weight = length + J;  // of the votes of one lower capsule
   lanes *total = weight + J, *lengths = total + J;          // sums over i: of the weights; of weight times length
-  if (!votes) return 1;
+  memset(direction, 0, J * D * sizeof(lanes));
   memset(coupling, 0, I * J * sizeof(lanes));  // holds the logits until the last round
   for (int round = 1; round <= rounds; round++) {
     memset(z, 0, J * D * sizeof(lanes));
@@ -94,6 +93,41 @@ int route_block(const lanes *x, const lanes *on, const float *W, lanes *coupling
     }
   }
   for (long n = 0; n < I * J && !over_upper; n++) coupling[n] *= total[n % J];
-  free(votes);
-  return 0;
+}
+
+// Images side by side, and apart again: numbers [images, count] as lanes [count], the rest of which is 0.
+static void gather(const float *from, long images, long count, lanes *to) {
+  memset(to, 0, count * sizeof(lanes));
+  for (long n = 0; n < images; n++)
+    for (long k = 0; k < count; k++) to[k][n] = from[n * count + k];
+}
+
+static void scatter(const lanes *from, long images, long count, float *to) {
+  for (long n = 0; n < images; n++)
+    for (long k = 0; k < count; k++) to[n * count + k] = from[k][n];
+}
+
+// Routing for B images: x [B, I, E], on [B, I], W [I, J, D, E]; results coupling [B, I, J], z [B, J, D], agreement [B, J].
+// Returns 0, or 1 if there was no memory.
+int route(const float *x, const float *on, const float *W, float *coupling, float *z, float *agreement, long B, long I,
+          long J, int rounds, int over_upper, float sharpness) {
+  int failed = 0;
+#pragma omp parallel for schedule(dynamic) reduction(| : failed)
+  for (long b = 0; b < B; b += LANES) {
+    long images = B - b < LANES ? B - b : LANES;
+    lanes *inputs = malloc((I * (E + 1 + J) + J * (3 * D + 5)) * sizeof(lanes)), *parts = inputs + I * E;
+    lanes *c = parts + I, *capsules = c + I * J, *agree = capsules + J * D, *scratch = agree + J;
+    if (!inputs) {
+      failed = 1;
+      continue;
+    }
+    gather(x + b * I * E, images, I * E, inputs);
+    gather(on + b * I, images, I, parts);
+    route_block(inputs, parts, W, c, capsules, agree, scratch, I, J, rounds, over_upper, sharpness);
+    scatter(c, images, I * J, coupling + b * I * J);
+    scatter(capsules, images, J * D, z + b * J * D);
+    scatter(agree, images, J, agreement + b * J);
+    free(inputs);
+  }
+  return failed;
 }

@@ -10,7 +10,8 @@ sampled poses; all variants share it. A finished variant is written at once, and
 
 The JSON holds the measures. The safetensors file beside it holds pictures [.., 28, 28] of 8 bits: "digits", one test
 image a class; for every variant NAME their reconstructions, "NAME/reconstruction", and "NAME", 4 samples of every
-capsule alone. All are decoded by one linear read-out of all poses, which is the same for sparse and dense variants.
+capsule alone. All are decoded by linear read-outs of the poses, made in the same way for sparse and dense variants:
+reconstructions from all capsules together, samples from the one that is on.
 """
 
 import argparse
@@ -46,6 +47,7 @@ VARIANTS = {base + end: replace(BASES[base], **change) for base in BASES for end
 VARIANTS["dense-over-lower-paper-rate"] = PRESETS["paper"].encoder
 
 ROWS = 4  # samples of every capsule
+ALONE = 10_000  # training images for the read-outs of single capsules
 QUICK_STEPS = 5
 TABLE = {
     "capsules_in_use": "in use",
@@ -117,6 +119,19 @@ def fitted_layers(codes: Float[Tensor, "N J d"], rows: int, *, rng: torch.Genera
     return one_at_a_time(length * F.normalize(sample_poses(rows, poses, domain="fitted", rng=rng), dim=2))
 
 
+def read_out_alone(codes: Float[Tensor, "N J d"], lower: Float[Tensor, "N I e"]) -> Float[Tensor, "n m"]:
+    """What every capsule can say of the lower ones without the others, as one read-out for layers with one capsule on.
+
+    Where one capsule is on for every image this is the joint read-out. A capsule that is never on says nothing.
+    """
+    nothing = codes.new_zeros(codes.shape[2], lower[0].numel())
+    solved = [
+        ridge_regression(pose, lower, ridge=DecoderSettings().ridge) if pose.any() else nothing
+        for pose in codes.unbind(1)
+    ]
+    return torch.cat(solved)
+
+
 def pictures(
     model: ExpertCapsules, read_out: Float[Tensor, "n m"], layers: Float[Tensor, "*axes J d"]
 ) -> Float[Tensor, "*axes 28 28"]:
@@ -155,7 +170,10 @@ def measure(
     codes, test_codes = (upper_capsules(model.encoder, split.lower) for split in (train_split, test))
     read_out = ridge_regression(codes.flatten(1), train_split.lower, ridge=DecoderSettings().ridge)
     alone = fitted_layers(codes, ROWS, rng=torch.Generator().manual_seed(seed))
-    layers = {"": alone, "/reconstruction": test_codes[one_of_each_class(test.labels)]}
+    shown = {
+        "": (read_out_alone(codes[:ALONE], train_split.lower[:ALONE]), alone),
+        "/reconstruction": (read_out, test_codes[one_of_each_class(test.labels)]),
+    }
     measures = {
         **winner_measures(test_codes, test.labels),
         **activation_measures(test_codes),
@@ -165,7 +183,7 @@ def measure(
         "linear_probe": linear_probe(codes, train_split.labels, test_codes, test.labels),
         "variance_left": variance_left(read_out, test_codes.flatten(1), test.lower.flatten(1)),
     }
-    return measures, {end: pictures(model, read_out, each) for end, each in layers.items()}
+    return measures, {end: pictures(model, matrix, layers) for end, (matrix, layers) in shown.items()}
 
 
 class Results:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks import votes
-from capsnb import route, squash
+from benchmarks import speed, votes
+from capsnb import checkpoints, route, squash
 from capsnb.model import CapsuleEncoder
 from capsnb.settings import PRESETS
 from capsnb.sparsity import explanation
@@ -65,3 +65,18 @@ def test_the_quick_benchmark_prints_a_table_and_writes_every_measure(tmp_path):
     rows = result["routing"] + result["updates"]
     assert all(row["ms"]["votes"] > 0 and row["ms"]["capsnb"] > 0 for row in rows)
     assert [row["batch"] for row in result["inference"]] == [1, 3]
+
+
+def test_a_training_run_is_reported_from_its_own_files(tmp_path):
+    stage = {"seconds": 5.0, "peak_memory_mb": 700, "steps": [1], "loss": [0.5]}
+    metrics = {"dataset": "mine", "images": 31, "settings": {"preset": "dense"}, "stages": {"1": stage}}
+    measures = {"purity": 0.3, "linear_probe": 0.7, "reconstruction_mse": 0.1, "effective_rank": 5.0}
+    checkpoints.write_json(tmp_path / "metrics.json", metrics)
+    checkpoints.write_json(tmp_path / "evaluation.json", {"measures": measures})
+    assert speed.training(tmp_path) == {
+        "dataset": "mine",
+        "preset": "dense",
+        "images": 31,
+        "stages": {"1": {"seconds": 5.0, "peak_memory_mb": 700}},
+        "measures": {"purity": 0.3, "linear_probe": 0.7, "reconstruction_mse": 0.1},
+    }

@@ -22,6 +22,7 @@ from experiments.over_which_index import (
     fitted_layers,
     main,
     pictures,
+    read_out_alone,
     routing_measures,
     top_direction_cosine,
     variance_left,
@@ -50,6 +51,16 @@ def test_the_variance_left_by_the_linear_read_out_is_numpys(double):
     read_out = np.linalg.solve(code.T @ code + penalty * np.eye(5), code.T @ y)
     error = np.sum((test.numpy() @ read_out - wanted.numpy()) ** 2)
     assert found == pytest.approx(error / np.sum((wanted.numpy() - wanted.numpy().mean(0)) ** 2))
+
+
+def test_alone_every_capsule_has_the_read_out_of_its_own_pose_and_one_that_is_never_on_has_none(double):
+    codes, lower = double(101, J, D), double(101, I, E)
+    codes[:, 3] = 0
+    found = read_out_alone(codes, lower).unflatten(0, (J, D))
+    ridge = PRESETS["sparse"].decoder.ridge
+    for j in (0, 1, 2, 4):
+        assert_close(found[j], ridge_regression(codes[:, j], lower.flatten(1), ridge=ridge))
+    assert (found[3] == 0).all()
 
 
 def test_nothing_is_left_of_what_is_linear_and_all_of_what_the_mean_alone_explains(double):

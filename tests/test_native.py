@@ -56,7 +56,7 @@ def test_it_routes_with_any_sharpness_as_the_plain_path_does(double, over, sharp
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e6])
 def test_weights_of_any_size_and_many_rounds_give_finite_couplings(double, over, scale):
     x, W = layer(double, SIZES[2])
-    found = route(x, scale * W, rounds=24, over=over)
+    found = route(x, scale * W, rounds=25, over=over)
     total = found.coupling.sum({"upper": 2, "lower": 1}[over])
     assert_close(total, torch.ones_like(total))
     assert found.z.isfinite().all()
@@ -97,15 +97,15 @@ def test_the_number_of_threads_changes_nothing(double):
 def test_what_the_compiled_loops_cannot_bound_takes_the_plain_path(double, over):
     """The inner agreement, and logits that grow too large."""
     (x, W), options = layer(double, SIZES[2]), {"rounds": 3, "over": over}
-    for more in ({"agreement": "inner", "sharpness": 0.3}, {"sharpness": 10.0}):
+    for more in ({"agreement": "inner", "sharpness": 0.3}, {"sharpness": 13.0}):
         found, expected = (way(x, W, **options, **more) for way in (route_with_agreement, plain))
         assert_close(found.coupling.double(), expected.coupling, rtol=1e-3, atol=1e-4)
 
 
 def test_derivatives_and_other_precisions_and_very_many_rounds_take_the_plain_path(double):
     x, W = layer(double, SIZES[1])
-    assert not native.can_route(x.double(), W.double(), 3) and not native.can_route(x, W, 25)
-    assert not native.can_route(x, W, 3, 8.1)
+    assert not native.can_route(x.double(), W.double(), 3) and not native.can_route(x, W, 26)
+    assert not native.can_route(x, W, 3, 12.1)
     assert not native.can_route(x[:0], W, 3) and not native.can_route(x, W.requires_grad_(), 3)
     (gradient,) = torch.autograd.grad(route(x, W).z.square().sum(), W)
     assert gradient.abs().max() > 0
