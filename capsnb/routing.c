@@ -107,26 +107,27 @@ static void scatter(const lanes *from, long images, long count, float *to) {
     for (long k = 0; k < count; k++) to[n * count + k] = from[k][n];
 }
 
-// Routing for B images: x [B, I, E], on [B, I], W [I, J, D, E]; results coupling [B, I, J], z [B, J, D], agreement [B, J].
-// Returns 0, or 1 if there was no memory.
+// Routing for B images: x [B, I, E], on [B, I], W [I, J, D, E]; the results are coupling [B, I, J], z [B, J, D] and
+// agreement [B, J]. Returns 0, or 1 if there was no memory.
 int route(const float *x, const float *on, const float *W, float *coupling, float *z, float *agreement, long B, long I,
           long J, int rounds, int over_upper, float sharpness) {
   int failed = 0;
-#pragma omp parallel for schedule(dynamic) reduction(| : failed)
-  for (long b = 0; b < B; b += LANES) {
-    long images = B - b < LANES ? B - b : LANES;
+#pragma omp parallel reduction(| : failed)
+  {
     lanes *inputs = malloc((I * (E + 1 + J) + J * (3 * D + 5)) * sizeof(lanes)), *parts = inputs + I * E;
     lanes *c = parts + I, *capsules = c + I * J, *agree = capsules + J * D, *scratch = agree + J;
-    if (!inputs) {
-      failed = 1;
-      continue;
+    failed = !inputs;
+#pragma omp for schedule(dynamic)
+    for (long b = 0; b < B; b += LANES) {
+      if (failed) continue;
+      long images = B - b < LANES ? B - b : LANES;
+      gather(x + b * I * E, images, I * E, inputs);
+      gather(on + b * I, images, I, parts);
+      route_block(inputs, parts, W, c, capsules, agree, scratch, I, J, rounds, over_upper, sharpness);
+      scatter(c, images, I * J, coupling + b * I * J);
+      scatter(capsules, images, J * D, z + b * J * D);
+      scatter(agree, images, J, agreement + b * J);
     }
-    gather(x + b * I * E, images, I * E, inputs);
-    gather(on + b * I, images, I, parts);
-    route_block(inputs, parts, W, c, capsules, agree, scratch, I, J, rounds, over_upper, sharpness);
-    scatter(c, images, I * J, coupling + b * I * J);
-    scatter(capsules, images, J * D, z + b * J * D);
-    scatter(agree, images, J, agreement + b * J);
     free(inputs);
   }
   return failed;
