@@ -162,7 +162,7 @@ class Moved(NamedTuple):
 
 def hmc(
     x: Float[Tensor, "B I e"],
-    free_energy_of: Callable[[Tensor], Tensor],
+    F: Callable[[Tensor], Tensor],
     *,
     steps: int,
     step_size: float,
@@ -171,7 +171,7 @@ def hmc(
 ) -> Moved:
     """Hamiltonian Monte Carlo in the product of unit balls: ``steps`` transitions of B chains.  Neal2011.
 
-    ``free_energy_of`` maps [B, I, e] to F [B], with a derivative; exp(-F) inside the balls is left invariant.  A
+    ``F`` maps [B, I, e] to the free energy [B], with a derivative; exp(-F) inside the balls is left invariant.  A
     capsule that meets its sphere is reflected, which keeps volume and can be run backwards, so that the acceptance
     needs no correction (Afshar2015).  With ``leapfrog`` = 1 this is Langevin dynamics with Metropolis's correction.
     Raises ValueError if an x lies outside.
@@ -182,7 +182,7 @@ def hmc(
     accepted = 0.0
     for _ in range(steps):
         momentum = torch.randn(x.shape, generator=rng, dtype=x.dtype, device=x.device)
-        proposal, gain = _propose(x, momentum, free_energy_of, step_size, leapfrog)
+        proposal, gain = _propose(x, momentum, F, step_size, leapfrog)
         accept = torch.rand(len(x), generator=rng, dtype=x.dtype, device=x.device).log() < gain
         x = torch.where(accept[:, None, None], proposal, x)
         accepted += accept.double().mean().item() / steps
@@ -193,23 +193,23 @@ _ROUNDING = 1e-6  # by which a capsule on its sphere may seem longer than 1
 _MOST_REFLECTIONS = 50  # in one step; a path that needs more, sliding along the sphere, is rejected
 
 
-def _propose(x: Tensor, momentum: Tensor, free_energy_of, step_size: float, leapfrog: int) -> tuple[Tensor, Tensor]:
+def _propose(x: Tensor, momentum: Tensor, F, step_size: float, leapfrog: int) -> tuple[Tensor, Tensor]:
     """The end of a leapfrog trajectory, and the log of its density with momentum over that of its start."""
-    start = free_energy_of(x).detach() + momentum.square().sum((1, 2)) / 2
+    start = F(x).detach() + momentum.square().sum((1, 2)) / 2
     arrived = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    momentum = momentum - step_size / 2 * _slope(x, free_energy_of)
+    momentum = momentum - step_size / 2 * _slope(x, F)
     for done in range(leapfrog):
         x, momentum, inside = _drift(x, momentum, step_size)
         arrived = arrived & inside
         push = step_size if done < leapfrog - 1 else step_size / 2
-        momentum = momentum - push * _slope(x, free_energy_of)
-    gain = start - free_energy_of(x).detach() - momentum.square().sum((1, 2)) / 2
+        momentum = momentum - push * _slope(x, F)
+    gain = start - F(x).detach() - momentum.square().sum((1, 2)) / 2
     return x, torch.where(arrived, gain, -torch.inf)
 
 
-def _slope(x: Tensor, free_energy_of) -> Tensor:
+def _slope(x: Tensor, F) -> Tensor:
     x = x.detach().requires_grad_()
-    return torch.autograd.grad(free_energy_of(x).sum(), x)[0]
+    return torch.autograd.grad(F(x).sum(), x)[0]
 
 
 def _drift(x: Tensor, velocity: Tensor, time: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -148,7 +148,7 @@ def forward_map(
     lower, upper, d, e = W.shape
     if lower < upper:
         return _forward_by_lower(x, W, coupling)
-    by_upper = zip(coupling.permute(2, 0, 1).contiguous(), matrices(W))
+    by_upper = zip(coupling.permute(2, 0, 1).contiguous(), _matrices(W))
     return torch.stack([_forward_one(x, c, matrix) for c, matrix in by_upper], dim=1)
 
 
@@ -161,7 +161,7 @@ def reverse_map(
 
 def _forward_one(x: Tensor, c: Tensor, matrix: Tensor) -> Tensor:
     """One upper capsule's z, [B, d]; images that do not couple to it cost nothing."""
-    rows = c.detach().abs().amax(1).nonzero()[:, 0]
+    rows = _coupled(c)
     if len(rows) == len(x):
         return (c.unsqueeze(2) * x).flatten(1) @ matrix
     z = (c[rows].unsqueeze(2) * x[rows]).flatten(1) @ matrix
@@ -171,14 +171,19 @@ def _forward_one(x: Tensor, c: Tensor, matrix: Tensor) -> Tensor:
 def _forward_by_lower(x: Tensor, W: Tensor, coupling: Tensor) -> Tensor:
     """All z, one lower capsule's votes after the other: fewer, larger products where the lower capsules are few."""
     z = x.new_zeros(len(x), *W.shape[1:3])
-    for part, c, matrix in zip(x.unbind(1), coupling.unbind(1), matrices(W.permute(1, 0, 3, 2))):
-        rows = c.detach().abs().amax(1).nonzero()[:, 0]
+    for part, c, matrix in zip(x.unbind(1), coupling.unbind(1), _matrices(W.permute(1, 0, 3, 2))):
+        rows = _coupled(c)
         votes = (part[rows] @ matrix.T).view(len(rows), *W.shape[1:3])
         z = z.index_add(0, rows, c[rows].unsqueeze(2) * votes)
     return z
 
 
-def matrices(W: Float[Tensor, "I J d e"]) -> tuple[Tensor, ...]:
+def _coupled(c: Float[Tensor, "B n"]) -> Tensor:
+    """The numbers of the images with a coupling that is not zero."""
+    return c.detach().abs().amax(1).nonzero()[:, 0]
+
+
+def _matrices(W: Float[Tensor, "I J d e"]) -> tuple[Tensor, ...]:
     """One [I·e, d] matrix for each upper capsule."""
     lower, upper, d, e = W.shape
     return W.permute(1, 0, 3, 2).reshape(upper, lower * e, d).unbind(0)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 import capsnb
 from capsnb import checkpoints, distributed, training
 from capsnb.capsules import squash
-from capsnb.model import ExpertCapsules
+from capsnb.model import CapsuleEncoder, ExpertCapsules
 from capsnb.pretrained import save_model
 from capsnb.settings import Settings
 
@@ -72,8 +72,8 @@ def train(run: Run, images: Tensor, *, stages: tuple[int, ...] = STAGES, resume:
 class Encoded:
     """What stages 1 and 2 make of ``images``.
 
-    Rows of it are stage 1's capsules z, [N, I, e], encoded whenever they are asked for: kept, they would take twelve
-    times the memory of the images.
+    Rows of it are stage 1's capsules z, [N, I, e], encoded whenever they are asked for: kept, they would take nearly
+    six times the memory of the images.
     """
 
     def __init__(self, model: ExpertCapsules, images: Tensor):
@@ -89,11 +89,16 @@ class Encoded:
             return self.model.lower_preactivations(self.images[rows].to(device)).float()
 
     @cached_property
-    @torch.no_grad()
     def upper(self) -> Tensor:
         """The upper capsules [N, J, d] of all images, on the CPU; stage 2 must be finished."""
-        encoder = self.model.eval().encoder
-        return torch.cat([encoder.encode(squash(self[rows])).cpu() for rows in torch.arange(len(self)).split(500)])
+        return upper_capsules(self.model.eval().encoder, self)
+
+
+@torch.no_grad()
+def upper_capsules(encoder: CapsuleEncoder, z_lower: training.Rows) -> Tensor:
+    """The upper capsules [N, J, d], on the CPU, of lower ones before the squash, a part of them at a time."""
+    parts = (z_lower[rows].to(encoder.W) for rows in torch.arange(len(z_lower)).split(500))
+    return torch.cat([encoder.encode(squash(part)).cpu() for part in parts])
 
 
 def _train_stage(encoded: Encoded, run: Run, stage: int, metrics: dict) -> None:

@@ -62,7 +62,7 @@ TABLE = {
 }
 
 
-class Encoded(NamedTuple):
+class Split(NamedTuple):
     """A split of the data set, and stage 1's capsules of it before the squash: once for all variants, in 16 bits."""
 
     images: Float[Tensor, "N 1 28 28"]
@@ -164,10 +164,10 @@ def train(name: str, chosen: EncoderSettings, stage1: ExpertCapsules, lower: Ten
 
 
 def measure(
-    model: ExpertCapsules, train_split: Encoded, test: Encoded, seed: int
+    model: ExpertCapsules, train_split: Split, test: Split, seed: int
 ) -> tuple[dict[str, float | list], dict[str, Tensor]]:
     """All measures of a trained variant, and its pictures: samples of every capsule, and reconstructions."""
-    codes, test_codes = (upper_capsules(model.encoder, split.lower) for split in (train_split, test))
+    codes, test_codes = (runs.upper_capsules(model.encoder, split.lower) for split in (train_split, test))
     read_out = ridge_regression(codes.flatten(1), train_split.lower, ridge=DecoderSettings().ridge)
     alone = fitted_layers(codes, ROWS, rng=torch.Generator().manual_seed(seed))
     shown = {
@@ -218,17 +218,11 @@ def show(name: str, record: dict) -> None:
     print(f"{name:28s}{numbers}{record['seconds']:9.0f}", flush=True)
 
 
-def encoded(stage1: ExpertCapsules, split: str, quick: bool) -> Encoded:
+def encoded(stage1: ExpertCapsules, split: str, quick: bool) -> Split:
     """A split of MNIST; quick runs take the shipped sample, others never do."""
     images, labels = data.load("mnist", split, sample=quick)
     rows = runs.Encoded(stage1, images)
-    return Encoded(images, labels, torch.cat([rows[part].half() for part in torch.arange(len(images)).split(500)]))
-
-
-@torch.no_grad()
-def upper_capsules(encoder: CapsuleEncoder, lower: Float[Tensor, "N I e"]) -> Float[Tensor, "N J d"]:
-    """The upper capsules of all images."""
-    return torch.cat([encoder.encode(squash(part.float())) for part in lower.split(500)])
+    return Split(images, labels, torch.cat([rows[part].half() for part in torch.arange(len(images)).split(500)]))
 
 
 def run(results: Results, names: list[str], *, quick: bool, seed: int) -> None:
