@@ -181,8 +181,12 @@ class Results:
         """Write a finished variant; the pictures first, so that measures never stand without them."""
         self.pictures |= images
         self.content["variants"][name] = record
-        self.content["versions"] = runs.versions()
         checkpoints.write(self.tensors, self.pictures)
+        self.write()
+
+    def write(self) -> None:
+        """Write the JSON file, with the versions of what it depends on."""
+        self.content["versions"] = runs.versions()
         checkpoints.write_json(self.json, self.content)
 
 

@@ -1,0 +1,303 @@
+"""The ablation of the sparse experts changes one part at a time, and measures what it says."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import paper
+import pytest
+import torch
+from threadpoolctl import threadpool_limits
+from torch.testing import assert_close
+
+from capsnb import checkpoints, squash
+from capsnb.model import CapsuleEncoder
+from capsnb.routing import RoutingState
+from capsnb.settings import PRESETS, EncoderSettings, SparsitySettings
+from experiments import sparse_experts
+from experiments.common import QUICK_STEPS, TABLE
+from experiments.sparse_experts import (
+    MEMORY,
+    SCORES,
+    VARIANTS,
+    AblatedEncoder,
+    Standardised,
+    Variant,
+    build,
+    fingerprint,
+    main,
+    ranks,
+    shipped_ranks,
+    support,
+)
+
+B, I, J, D, E = 3, 72, 5, 7, 11  # noqa: E741  I: two lower capsules at each of the 36 positions
+SETTINGS = EncoderSettings(
+    capsules=J,
+    dim=D,
+    sharpness=30.0,
+    initial_deviation=1.0,
+    steps=41,
+    sparsity=SparsitySettings(gamma_first=5.0, gamma_last=9.0),
+)
+
+
+@pytest.fixture
+def encoder(rng):
+    """An untrained sparse encoder with boosts, a quarter of the way through its training."""
+    torch.manual_seed(29)
+    encoder = CapsuleEncoder(I, E, SETTINGS).double()
+    encoder.sparsity.updates.fill_(10)
+    encoder.sparsity.boost.copy_(torch.linspace(0.01, -0.01, J))
+    return encoder
+
+
+def ablated(encoder, **changes):
+    """The same encoder with another score, or with couplings that are not shared out; the scores' unit is 0.3."""
+    return AblatedEncoder(encoder, Variant(SETTINGS, **changes), 0.3).double()
+
+
+# The variants
+
+
+def test_every_variant_differs_in_one_part_from_the_preset():
+    base, changed = VARIANTS["base"], {}
+    assert base == Variant(PRESETS["sparse"].encoder)
+    for name, variant in VARIANTS.items():
+        fields = asdict(variant.settings) | {"score": variant.score, "shared_out": variant.shared_out}
+        before = asdict(base.settings) | {"score": base.score, "shared_out": base.shared_out}
+        changed[name] = {field for field in fields if fields[field] != before[field]}
+    optimiser = {"optimiser", "learning_rate", "momentum", "weight_decay"}
+    for name in ("sgd", "adam"):
+        assert VARIANTS[name].settings.optimiser == name
+        assert "optimiser" in changed[name] and changed.pop(name) <= optimiser
+    assert changed.pop("base") == set()
+    assert changed.pop("not-shared-out") == {"shared_out"}
+    for name in ("no-mask", "no-boost", "constant-gamma"):
+        assert changed.pop(name) == {"sparsity"}
+    assert all(fields == {"score"} for fields in changed.values())
+    assert {VARIANTS[name].score for name in changed} == set(SCORES) - {"explanation"}
+
+
+@pytest.mark.parametrize("name, field", [("no-boost", "boost_step"), ("constant-gamma", "gamma_first")])
+def test_where_only_the_sparsity_differs_only_one_of_its_settings_does(name, field):
+    base, found = (asdict(VARIANTS[key].settings.sparsity) for key in ("base", name))
+    assert {key for key in base if found[key] != base[key]} == {field}
+    assert found["boost_step"] == 0 or found["gamma_first"] == found["gamma_last"]
+
+
+def test_what_a_variant_does_not_change_is_the_librarys_own_encoder(small_model, small_settings):
+    chosen = small_settings().encoder
+    for variant, kind in (
+        (Variant(chosen), CapsuleEncoder),
+        (Variant(chosen, shared_out=False), AblatedEncoder),
+        (Variant(chosen, score="length"), AblatedEncoder),
+    ):
+        model = build("name", variant, small_model, 0.1, seed=31)
+        assert type(model.encoder) is kind and model.autoencoder is small_model.autoencoder
+        torch.manual_seed(31)
+        assert_close(model.encoder.W, type(model)(replace(small_model.settings, encoder=chosen)).encoder.W)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_with_no_part_replaced_the_encoder_couples_as_the_librarys(training, encoder, double):
+    x = squash(double(B, I, E))
+    same = ablated(encoder).train(training)
+    for _ in range(3):
+        assert_close(same.couplings(x), encoder.train(training).couplings(x))
+    assert_close(same.sparsity.boost, encoder.sparsity.boost)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_couplings_that_are_not_shared_out_are_those_of_routing_times_the_mask(training, encoder, double):
+    x = squash(double(B, I, E))
+    plain = ablated(encoder, shared_out=False).train(training)
+    mask = plain.sparsity.mask(plain.score(x, plain.route(x)))
+    expected = encoder.route(x).coupling.numpy().copy()
+    for b in range(B):
+        for j in range(J):
+            expected[b, :, j] *= mask[b, j].item()
+    assert_close(plain.couplings(x), torch.as_tensor(expected))
+
+
+# The scores
+
+
+@pytest.fixture
+def routed(double, rng):
+    """Routing by hand: random couplings that sum to 1 over the upper capsules, and what follows from them."""
+    x, W = squash(double(B, I, E)), double(I, J, D, E)
+    coupling = double(B, I, J).softmax(2)
+    z = torch.einsum("bij,ijde,bie->bjd", coupling, W, x)
+    agreement = [[paper.agreement(x[b].numpy(), W.numpy(), coupling[b].numpy())[j] for j in range(J)] for b in range(B)]
+    return x, W, RoutingState(coupling, z, torch.tensor(agreement, dtype=torch.float64))
+
+
+def test_scored_by_length_a_capsule_counts_as_long_as_it_is_before_the_squash(routed):
+    x, W, state = routed
+    found = SCORES["length"](*routed)
+    for b in range(B):
+        z = paper.forward(x[b].numpy(), W.numpy(), state.coupling[b].numpy())
+        for j in range(J):
+            assert found[b, j].item() == pytest.approx(np.sqrt(np.sum(z[j] ** 2)))
+
+
+def test_the_support_is_the_largest_coupling_at_each_position_summed_over_the_positions(routed):
+    coupling = routed[2].coupling
+    for b in range(B):
+        for j in range(J):
+            expected = sum(max(coupling[b, 2 * place + k, j].item() for k in range(2)) for place in range(36))
+            assert support(coupling)[b, j].item() == pytest.approx(expected)
+    assert_close(SCORES["support"](*routed), support(coupling))
+
+
+def test_the_lower_capsules_of_one_position_are_neighbours(small_model, digits):
+    """Only the first position sees the first pixel."""
+    image = digits[0][:1].clone()
+    corner = image.clone()
+    corner[..., 0, 0] = 1 - corner[..., 0, 0]
+    moved = (small_model.lower_capsules(corner) != small_model.lower_capsules(image)).any(2)[0].view(36, 2)
+    assert moved.any(1).nonzero().flatten().tolist() == [0]
+
+
+@pytest.mark.parametrize("name", ["agreement", "standardised"])
+def test_scored_by_agreement_a_capsule_counts_by_the_resultant_length_of_its_votes(name, routed):
+    assert_close(SCORES[name](*routed), routed[2].agreement)
+
+
+def test_the_standardised_agreement_has_a_running_mean_and_deviation_for_every_capsule(double):
+    standardise, batches = Standardised(J).double(), double(131, 23, J) * 3 + 7
+    mean = variance = np.zeros(J)
+    for count, batch in enumerate(batches, start=1):
+        found, share = standardise(batch), max(1 - MEMORY, 1 / count)
+        mean = (1 - share) * mean + share * np.mean(batch.numpy(), axis=0)
+        variance = (1 - share) * variance + share * np.var(batch.numpy(), axis=0, ddof=1)
+    assert_close(found, torch.as_tensor((batches[-1].numpy() - mean) / np.sqrt(variance)))
+    assert_close(standardise.eval()(batch), found)  # and what is encoded later moves neither
+    assert_close(standardise(batches[0]), (batches[0] - torch.as_tensor(mean)) / torch.as_tensor(variance).sqrt())
+
+
+@pytest.mark.parametrize("name", ["length", "support", "agreement", "standardised"])
+def test_another_score_is_scaled_to_deviate_from_capsule_to_capsule_as_the_explanation_does(name, encoder, double):
+    x = squash(double(B, I, E))
+    replaced = ablated(encoder, score=name)
+    found, raw = replaced.score(x, replaced.route(x)), SCORES[name](x, encoder.W, encoder.route(x))
+    if name == "standardised":
+        raw = (raw - raw.mean(0)) / raw.std(0)
+    deviations = [np.std(row.detach().numpy(), ddof=1) for row in raw]
+    assert_close(found, raw * 0.3 / np.mean(deviations))
+
+
+def test_the_capsules_that_score_best_are_the_ones_left_on(encoder, double):
+    x = squash(double(B, I, E))
+    replaced = ablated(encoder, score="length").eval()
+    longest = torch.linalg.vector_norm(encoder.route(x).z, dim=2).argmax(1)
+    assert_close(replaced.couplings(x)[:, 0].argmax(1), longest)
+
+
+# The ranks
+
+
+def test_ranks_are_counted_and_scores_compared_to_the_largest_as_in_loops(rng):
+    score = torch.rand(101, J, generator=rng) + 1
+    found = ranks(score)
+    share, frequency = np.zeros(J), np.zeros((J, J))
+    for row in score.numpy():
+        order = sorted(range(J), key=lambda j: -row[j])
+        for rank, j in enumerate(order):
+            share[rank] += row[j] / row[order[0]] / 101
+            frequency[j, rank] += 1 / 101
+    assert np.allclose(found["share_of_largest"], share) and np.allclose(found["rank_frequency"], frequency)
+
+
+def test_the_ranks_of_a_model_are_those_of_its_supports_and_explanations(small_model, digits):
+    lower = small_model.lower_preactivations(digits[0][:307]).detach()
+    found = shipped_ranks(small_model, sparse_experts.Split(digits[0][:307], digits[1][:307], lower))
+    x = squash(lower)
+    assert found["support"] == ranks(support(small_model.encoder.route(x).coupling))
+    expected = ranks(SCORES["explanation"](x, small_model.encoder.W.detach(), None))
+    assert found["explanation"]["rank_frequency"] == expected["rank_frequency"]
+    assert np.allclose(found["explanation"]["share_of_largest"], expected["share_of_largest"])
+
+
+# The whole run
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For the linear probe: on few images and a busy machine, several threads wait for each other and little else."""
+    with threadpool_limits(1, "blas"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(one_thread, tmp_path_factory):
+    """The results file of a quick run of two variants."""
+    out = tmp_path_factory.mktemp("results") / "sparse.json"
+    main(["--quick", "--out", str(out), "--only", "base", "by-standardised"])
+    return out
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of it to go on with."""
+    for path in finished.parent.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path / finished.name
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The names of the variants that are trained from now on."""
+    names, fit = [], sparse_experts.fit
+
+    def recorded(name, *arguments):
+        names.append(name)
+        return fit(name, *arguments)
+
+    monkeypatch.setattr(sparse_experts, "fit", recorded)
+    return names
+
+
+def test_a_quick_run_writes_every_measure_and_the_ranks_of_the_shipped_models(finished):
+    content = json.loads(finished.read_text())
+    assert content["quick"] is True and sorted(content["variants"]) == ["base", "by-standardised"]
+    for name, record in content["variants"].items():
+        assert record["settings"] == asdict(replace(VARIANTS[name].settings, steps=QUICK_STEPS))
+        assert record["score"] == VARIANTS[name].score and record["shared_out"] is True
+        assert record["score_unit"] > 0 and len(record["measures"]["winning_share"]) == 20
+        assert all(np.isfinite(record["measures"][key]) for key in TABLE)
+    assert sorted(content["shipped"]) == ["dense", "sparse"]
+    for record in content["shipped"].values():
+        for name in ("support", "explanation"):
+            share, frequency = (np.array(record[name][key]) for key in ("share_of_largest", "rank_frequency"))
+            assert share[0] == 1 and (np.diff(share) <= 0).all()
+            assert np.allclose(frequency.sum(0), 1) and np.allclose(frequency.sum(1), 1)
+
+
+def test_samples_and_reconstructions_of_every_variant_are_kept(finished):
+    found = checkpoints.read(finished.with_suffix(".safetensors"))[0]
+    names = ("base", "by-standardised")
+    assert sorted(found) == sorted(["digits", *names, *(f"{name}/reconstruction" for name in names)])
+    assert all(found[name].shape == (4, 20, 28, 28) for name in names)
+
+
+def test_a_second_run_keeps_what_is_finished_and_makes_what_is_of_other_weights_again(out, trained):
+    before = json.loads(out.read_text())
+    stale = json.loads(out.read_text())
+    stale["variants"]["base"]["autoencoder"] = "another"
+    stale["shipped"]["dense"] = {"weights": "another"}
+    out.write_text(json.dumps(stale))
+    main(["--quick", "--out", str(out), "--only", "base", "by-standardised"])
+    after = json.loads(out.read_text())
+    assert trained == ["base"] and after["shipped"] == before["shipped"]
+    assert after["variants"]["by-standardised"] == before["variants"]["by-standardised"]
+    assert after["variants"]["base"]["autoencoder"] == before["variants"]["base"]["autoencoder"]
+
+
+def test_a_fingerprint_changes_with_any_weight(encoder):
+    before = fingerprint(encoder)
+    assert fingerprint(encoder) == before and len(before) == 12
+    with torch.no_grad():
+        encoder.W[3, 1, 2, 5] += 1e-6
+    assert fingerprint(encoder) != before
