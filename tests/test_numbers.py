@@ -1,11 +1,13 @@
-"""The checker of the text's numbers sees what is wrong and repairs what it can."""
+"""Every number in the text has a source and agrees with it; the checker sees what is wrong and repairs what it can."""
 
 import json
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
-from check_numbers import agree, main, printed_numbers, problems, prose, repair, rewritten, texts
+from check_numbers import agree, main, places, printed_numbers, problems, prose, repair, rewritten, texts
 
+ROOT = Path(__file__).parents[1]
 MEASURES = {"purity": 0.7538, "share": [0.0386, 0.5, 0.125]}
 RESULTS = {"n": 60000, "measures": MEASURES, "stages": {"1": {"seconds": 298.7}}}
 FILE = "results/tiny.json"
@@ -40,6 +42,12 @@ def wrong(write, *lines, printed=""):
     found = [line for text in texts(write(*lines, printed=printed), write.root) for line in problems(text, write.root)]
     assert all(line.startswith("book/01-tiny.ipynb, cell 1: ") for line in found)
     return [line.partition(": ")[2] for line in found]
+
+
+@pytest.mark.parametrize("path", places(ROOT), ids=lambda path: path.stem)
+def test_every_number_in_the_text_has_a_source_and_agrees_with_it(path):
+    found = [line for text in texts(path, ROOT) for line in problems(text, ROOT)]
+    assert found == [], "python tools/check_numbers.py --write repairs what comes from files"
 
 
 @pytest.mark.parametrize(
