@@ -60,34 +60,54 @@ def ablated(encoder, **changes):
 # The variants
 
 
-def test_every_variant_differs_in_one_part_from_the_preset():
-    base, changed = VARIANTS["base"], {}
-    assert base == Variant(PRESETS["sparse"].encoder)
-    for name, variant in VARIANTS.items():
-        fields = asdict(variant.settings) | {"score": variant.score, "shared_out": variant.shared_out}
-        before = asdict(base.settings) | {"score": base.score, "shared_out": base.shared_out}
-        changed[name] = {field for field in fields if fields[field] != before[field]}
-    optimiser = {"optimiser", "learning_rate", "momentum", "weight_decay"}
+def differing(one, other):
+    """The names of the settings that differ, those of the sparsity as "sparsity.name"."""
+    one, other = ({**asdict(each.settings), "score": each.score, "shared_out": each.shared_out} for each in (one, other))
+    names = {name for name in one if one[name] != other[name]}
+    if "sparsity" in names and one["sparsity"] and other["sparsity"]:
+        inner = {name for name, value in one["sparsity"].items() if other["sparsity"][name] != value}
+        names = names - {"sparsity"} | {f"sparsity.{name}" for name in inner}
+    return names
+
+
+def test_every_variant_differs_in_one_part_from_the_base():
+    changed = {name: differing(variant, VARIANTS["base"]) for name, variant in VARIANTS.items()}
     for name in ("sgd", "adam"):
         assert VARIANTS[name].settings.optimiser == name
-        assert "optimiser" in changed[name] and changed.pop(name) <= optimiser
+        assert "optimiser" in changed[name]
+        assert changed.pop(name) <= {"optimiser", "learning_rate", "momentum", "weight_decay"}
+    for name, field in {
+        "no-mask": "sparsity",
+        "no-boost": "sparsity.boost_step",
+        "constant-gamma": "sparsity.gamma_first",
+        "conscience": "sparsity.conscience",
+        "start": "start",
+        "not-shared-out": "shared_out",
+    }.items():
+        assert changed.pop(name) == {field}
     assert changed.pop("base") == set()
-    assert changed.pop("not-shared-out") == {"shared_out"}
-    for name in ("no-mask", "no-boost", "constant-gamma"):
-        assert changed.pop(name) == {"sparsity"}
     assert all(fields == {"score"} for fields in changed.values())
     assert {VARIANTS[name].score for name in changed} == set(SCORES) - {"explanation"}
 
 
-@pytest.mark.parametrize("name, field", [("no-boost", "boost_step"), ("constant-gamma", "gamma_first")])
-def test_where_only_the_sparsity_differs_only_one_of_its_settings_does(name, field):
-    base, found = (asdict(VARIANTS[key].settings.sparsity) for key in ("base", name))
-    assert {key for key in base if found[key] != base[key]} == {field}
-    assert found["boost_step"] == 0 or found["gamma_first"] == found["gamma_last"]
+def test_the_variants_remove_and_add_what_they_say():
+    sparsity = {name: VARIANTS[name].settings.sparsity for name in ("no-boost", "constant-gamma", "conscience")}
+    assert sparsity["no-boost"].boost_step == 0
+    assert sparsity["constant-gamma"].gamma_first == sparsity["constant-gamma"].gamma_last
+    assert VARIANTS["no-mask"].settings.sparsity is None
+    assert sparsity["conscience"].conscience == PRESETS["sparse"].encoder.sparsity.conscience > 0
+    assert VARIANTS["start"].settings.start == PRESETS["sparse"].encoder.start
+
+
+def test_the_base_is_the_preset_without_what_else_divides_the_images():
+    fields = {"views", "start", "steps", "batch", "sparsity.gamma_first", "sparsity.conscience"}
+    assert differing(Variant(PRESETS["sparse"].encoder), VARIANTS["base"]) == fields
+    base = VARIANTS["base"].settings
+    assert base.views is None and base.start is None and base.sparsity.conscience == 0
 
 
 def test_what_a_variant_does_not_change_is_the_librarys_own_encoder(small_model, small_settings):
-    chosen = small_settings().encoder
+    chosen = replace(small_settings().encoder, views=None, start=None)
     for variant, kind in (
         (Variant(chosen), CapsuleEncoder),
         (Variant(chosen, shared_out=False), AblatedEncoder),
