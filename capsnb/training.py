@@ -7,7 +7,7 @@ Everything drawn at a step depends on the seed and the step's number alone, so a
 from its checkpoint ends with the same weights as one that was not.
 
 Several processes (see capsnb.distributed) share the rows of every batch and make the updates that one process would
-make of them. Only the dropout differs: each process draws its own for its part, so that no two images share a mask.
+make of them. Only dropout and views differ: each process draws its own for its part of the batch.
 """
 
 import time
@@ -19,8 +19,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from capsnb import checkpoints, distributed
+from capsnb import checkpoints, distributed, subspaces
 from capsnb.capsules import squash
 from capsnb.checks import require_choice, require_images
 from capsnb.model import CapsuleDecoder, CapsuleEncoder, ConvAutoencoder
@@ -75,10 +76,38 @@ def train_autoencoder(
 def train_encoder(
     encoder: CapsuleEncoder, z_lower: Rows, *, seed: int, checkpoint: Path | None = None
 ) -> Iterator[Step]:
-    """Stage 2: Algorithm 1 on lower capsules x = squash(``z_lower``), with the optimiser of the encoder's settings."""
+    """Stage 2: Algorithm 1 on lower capsules x = squash(``z_lower``), with the optimiser of the encoder's settings.
+
+    If these have views, ``z_lower`` must be a capsnb.views.Views, or its like: rows of it are groups of views. If they
+    have a start, W is replaced by it before the first update.
+    """
     settings = encoder.settings
-    plan = _Plan(_optimiser(encoder, settings), settings.learning_rate, settings.steps, settings.batch, 50, False)
+    if settings.start and not (checkpoint and checkpoint.exists()):
+        start_from_subspaces(encoder, z_lower, seed=seed)
+    batch = settings.batch // settings.views.learned if settings.views else settings.batch
+    plan = _Plan(_optimiser(encoder, settings), settings.learning_rate, settings.steps, batch, 50, False)
     yield from _minimise(encoder, (z_lower,), plan, seed=seed, checkpoint=checkpoint, prepare=squash)
+
+
+@torch.no_grad()
+def start_from_subspaces(encoder: CapsuleEncoder, groups: Rows, *, seed: int) -> None:
+    """Set W to the principal subspaces of the clusters that k-subspaces finds among some ``groups`` of lower capsules.
+
+    Lower capsules are squashed, reduced to their principal directions and brought to length 1. Without views in the
+    settings every row is a group of its own.
+    """
+    settings, start = encoder.settings, encoder.settings.start
+    parts = batch_rows(len(groups), min(start.groups, len(groups)), 0, seed).split(50)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        some = torch.cat([squash(groups[part]).flatten(1).cpu() for part in parts[:10]])
+        directions = subspaces.principal_directions(some, start.components)
+        codes = [F.normalize(squash(groups[part]).flatten(1).cpu() @ directions, dim=1) for part in parts]
+    vectors = torch.cat(codes).unflatten(0, (-1, settings.views.count if settings.views else 1))
+    options = {"clusters": settings.capsules, "dim": settings.dim, "tries": start.tries, "sweeps": start.sweeps}
+    bases = subspaces.k_subspaces(vectors, **options, seed=seed).bases @ directions.T
+    lower, upper, dim, e = encoder.W.shape
+    encoder.W.copy_(start.length * bases.view(upper, dim, lower, e).permute(2, 0, 1, 3))
 
 
 def train_decoder(
@@ -154,10 +183,11 @@ def _minimise(
         for group in plan.optimiser.param_groups:
             group["lr"] = rate
         rows = distributed.own_part(batch_rows(len(data[0]), plan.batch, step, seed))
-        batch = [prepare(part[rows].to(device).float()) for part in data]
-        with torch.random.fork_rng(), autocast(device, plan.autocast):
+        with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + step + (distributed.rank() << 24))
-            loss = parallel(*batch)
+            batch = [prepare(part[rows].to(device).float()) for part in data]
+            with autocast(device, plan.autocast):
+                loss = parallel(*batch)
         mean_loss = distributed.mean(loss.detach())  # the same in every process, so that all of them stop or none
         if not mean_loss.isfinite():
             raise ValueError(f"the loss is {mean_loss.item()} at step {step + 1}; lower the learning rate and resume")
