@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from capsnb import checkpoints, data
+from capsnb import checkpoints, data, pretrained
 from capsnb.baselines.rbm import (
     RBM,
     RBMSettings,
@@ -255,3 +255,11 @@ def test_the_command_trains_an_rbm_under_which_digits_are_likelier_than_noise(tm
     digits = binarise(data.load("mnist", "test", sample=True)[0], rng=generator())
     noise = digits[:, torch.randperm(784, generator=generator())]
     assert (free_energy(rbm, noise) - free_energy(rbm, digits)).mean() > 100
+
+
+def test_the_shipped_rbm_gives_digits_far_more_probability_than_noise_as_dense():
+    rbm = load_rbm(pretrained.WEIGHTS / "rbm.safetensors")
+    digits = binarise(data.load("mnist", "test", sample=True)[0], rng=generator())
+    noise = digits[:, torch.randperm(784, generator=generator())]
+    assert rbm.w.shape == (784, 500)
+    assert (free_energy(rbm, noise) - free_energy(rbm, digits)).mean() > 200
