@@ -4,7 +4,7 @@ Every measure depends on how many images it is taken from, so all of them are re
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from capsnb.checks import require_finite, require_floats
@@ -77,17 +77,21 @@ def density_coverage(
 
 def ball_radii(points: Float[Tensor, "N F"], neighbours: int) -> Float[Tensor, "N"]:
     """The distance of every point to its ``neighbours``-th nearest other one."""
-    points = points.double()
-    return torch.cat([torch.cdist(part, points).kthvalue(neighbours + 1).values for part in points.split(_PART)])
+    points, nearest = points.double(), neighbours + 1  # every point is the nearest to itself
+    parts = (torch.cdist(part, points).topk(nearest, dim=1, largest=False).values for part in points.split(_PART))
+    return torch.cat([distances[:, -1] for distances in parts])
 
 
 def ball_counts(
     points: Float[Tensor, "M F"], centres: Float[Tensor, "N F"], radius: Float[Tensor, "N"]
 ) -> tuple[Int[Tensor, "M"], Int[Tensor, "N"]]:
     """In how many balls every point lies, and how many points lie in every ball, its surface included."""
-    parts = points.double().split(_PART)
-    inside = [_inside(part, centres.double(), radius) for part in parts]
-    return torch.cat([hits.sum(1) for hits in inside]), sum(hits.sum(0) for hits in inside)
+    by_point, by_ball = [], torch.zeros(len(centres), dtype=torch.long)
+    for part in points.double().split(_PART):
+        inside = torch.cdist(part, centres.double()) <= radius
+        by_point.append(inside.sum(1))
+        by_ball += inside.sum(0)
+    return torch.cat(by_point), by_ball
 
 
 def nearest_neighbours(
@@ -146,10 +150,6 @@ def _cubic(x: Tensor, y: Tensor) -> Float[Tensor, "N M"]:
 
 def _without_diagonal(kernel: Float[Tensor, "N N"]) -> Float[Tensor, ""]:
     return kernel.sum() - kernel.trace()
-
-
-def _inside(points: Tensor, centres: Tensor, radius: Tensor) -> Bool[Tensor, "M N"]:
-    return torch.cdist(points, centres) <= radius
 
 
 def _require_features(*features: Tensor, least: int) -> None:
