@@ -6,8 +6,9 @@
 
 Every row draws 10,000 images and compares them with the 10,000 test images of MNIST, in the 64 features of the shipped
 classifier, all divided by one number, so that their mean variance over the test images is 1. The row "training-images"
-is the floor: real images against other real ones. The seed (--seed) draws the samples, the same for every row. A finished row is written at once, and kept when the command runs again, unless the
-weights that it was made with have changed since.
+is the floor: real images against other real ones. The seed (--seed) draws the samples, the same for every row. A
+finished row is written at once, and kept when the command runs again, unless the weights that it was made with have
+changed since.
 
 The JSON holds the measures (see capsnb.quality), and under "reference" those of the test images themselves. In it
 "nearest_training" is the Euclidean distance in pixels from a sample to the nearest training image, the median over

@@ -25,7 +25,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("name, kind", [("classifier", Classifier), ("vae", VAE)])
-def test_a_quick_run_writes_weights_in_16_bits_that_measure_what_stands_beside_them(name, kind, small, tmp_path, digits):
+def test_a_quick_run_writes_weights_in_16_bits_and_their_measures_beside_them(name, kind, small, tmp_path):
     out = tmp_path / f"{name}.safetensors"
     main([name, "--quick", "--seed", "3", "--out", str(out)])
     tensors, facts = checkpoints.read(out)
