@@ -1,6 +1,6 @@
 """A small classifier of images: its features are the space in which samples are compared with real images.
 
-This and its training are the only places of the book that use labels of training images to learn from.
+It learns from the labels of the training images. No capsule, and no other model that makes images, ever sees one.
 """
 
 from collections.abc import Iterator
