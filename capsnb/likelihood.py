@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import one_hot, softplus
 
 from capsnb.baselines import rbm as rbms
 from capsnb.baselines.rbm import RBM
@@ -25,8 +26,8 @@ from capsnb.exact import hmc
 from capsnb.model import CapsuleEncoder
 
 FreeEnergy = Callable[[Tensor], Tensor]  # from x [B, I, e] to F [B]
-_TARGET = 0.8  # share of the proposals of Hamiltonian Monte Carlo that the pilot chains aim at
-_LONGEST = 1.0  # step size; a capsule cannot go further than 2
+_TARGET = 0.4  # share of proposals the pilots aim at; low, for routing makes F rough, and then short steps gain little
+_LONGEST = 1.0  # step size; no two places in a ball are further apart than 2
 _HASTE = 0.5  # change of the logarithm of the step size for every unit of acceptance off the target
 
 
@@ -83,7 +84,7 @@ def anneal_capsules(
     temperatures: Sequence[float],
     *,
     step_sizes: Sequence[float],
-    leapfrog: int = 2,
+    leapfrog: int = 1,
     rng: torch.Generator,
 ) -> Annealed:
     """``anneal`` through the densities exp(-βF) on the product of unit balls, for β in ``temperatures``.
@@ -104,12 +105,12 @@ def tune(
     x: Float[Tensor, "K I e"],
     temperatures: Sequence[float],
     *,
-    leapfrog: int = 2,
+    leapfrog: int = 1,
     rng: torch.Generator,
 ) -> list[float]:
     """Step sizes for ``anneal_capsules``, one a temperature, from pilot chains that are led the same way and forgotten.
 
-    After every transition the step grows or shrinks as more or fewer than 0.8 of the proposals were accepted. Chains
+    After every transition the step grows or shrinks as more or fewer than 0.4 of the proposals were accepted. Chains
     that adapted their own steps would bias the estimate a little; those that take the steps of others do not.
     """
     size, sizes = _LONGEST / 2, []
@@ -134,32 +135,52 @@ def rerouted(encoder: CapsuleEncoder) -> FreeEnergy:
 def log_z_of_each_expert(W: Float[Tensor, "I J d e"]) -> Float[Tensor, "J"]:
     """log(Z/volume) of every upper capsule as if it alone were on, coupled to everything with weight 1: exact.
 
-    As ``exact.log_z_of_one_expert``, and what the frozen reading of eq. 18 has where one capsule wins an image.
+    As ``exact.log_z_of_one_expert``.
     """
     return (W.square().sum((0, 2, 3)) / (W.shape[3] + 2)).log1p()
 
 
-def anneal_rbm(
-    rbm: RBM, base: RBM, chains: int, temperatures: Sequence[float], *, rng: torch.Generator
-) -> Annealed:
-    """``anneal`` from an RBM without weights to ``rbm``, all parameters in proportion to β; weights estimate Z itself.
+@torch.no_grad()
+def frozen_log_likelihood(encoder: CapsuleEncoder, x: Float[Tensor, "B I e"]) -> Float[Tensor, "B"] | None:
+    """log P(x) under the model that has the couplings of x everywhere: exact, in nats above the uniform density.
 
-    Salakhutdinov2008, with their base-rate RBM where ``base`` is ``new_rbm(v, H, deviation=0)``. Moves are Gibbs steps.
-    Raises ValueError if ``base`` has weights.
+    It is known where one capsule takes every coupling, and None elsewhere. Every winner has a Z of its own, so this is
+    not the logarithm of one density; it is what eq. 18 as printed climbs.
     """
-    if base.w.any():
-        raise ValueError("base has weights, so its Z is unknown; make it with new_rbm(..., deviation=0)")
-    v = torch.bernoulli(base.b.sigmoid().expand(chains, -1), generator=rng)
+    coupling = torch.cat([encoder.couplings(part)[:, 0] for part in x.split(_PART)])
+    winner = coupling.argmax(1)
+    if not torch.equal(coupling, one_hot(winner, coupling.shape[1]).to(coupling)):
+        return None
+    F = torch.cat([rerouted(encoder)(part) for part in x.split(_PART)])
+    return -F - log_z_of_each_expert(encoder.W)[winner]
+
+
+_PART = 250  # rows of x at once, to bound memory
+
+
+def anneal_rbm(
+    rbm: RBM, base: RBM, v: Float[Tensor, "K V"], temperatures: Sequence[float], *, rng: torch.Generator
+) -> Annealed:
+    """``anneal`` through the RBMs ``between`` two, in Gibbs steps.  Salakhutdinov2008.
+
+    From 0 to 1, with ``v`` drawn from ``base``, the mean weight estimates Z of ``rbm`` over Z of ``base``. Their
+    base-rate RBM is ``new_rbm(images, H, deviation=0)``; draws and log Z of it: ``independent_pixels``.
+    """
 
     def log_ratio(v, a, b):
         return rbms.free_energy(between(base, rbm, a), v) - rbms.free_energy(between(base, rbm, b), v)
 
-    def move(v, beta):
-        return rbms.gibbs_step(between(base, rbm, beta), v, rng=rng)
+    return anneal(v, temperatures, log_ratio, lambda v, beta: rbms.gibbs_step(between(base, rbm, beta), v, rng=rng))
 
-    found = anneal(v, temperatures, log_ratio, move)
-    log_z_base = torch.nn.functional.softplus(base.b).sum() + torch.nn.functional.softplus(base.c).sum()
-    return found._replace(log_weight=found.log_weight + log_z_base)
+
+def independent_pixels(
+    base: RBM, count: int, *, rng: torch.Generator
+) -> tuple[Float[Tensor, "count V"], Float[Tensor, ""]]:
+    """Draws and log Z of an RBM without weights, exact.  Raises ValueError if it has weights."""
+    if base.w.any():
+        raise ValueError("this RBM has weights, so its Z is unknown; make one with new_rbm(..., deviation=0)")
+    v = torch.bernoulli(base.b.sigmoid().expand(count, -1), generator=rng)
+    return v, softplus(base.b).sum() + softplus(base.c).sum()
 
 
 def between(base: RBM, rbm: RBM, beta: float) -> RBM:
@@ -167,6 +188,6 @@ def between(base: RBM, rbm: RBM, beta: float) -> RBM:
     return RBM(*(torch.lerp(first, second, beta) for first, second in zip(base, rbm)))
 
 
-def ladder(steps: int) -> list[float]:
-    """Inverse temperatures from 0 to 1 in ``steps`` equal steps."""
-    return np.linspace(0, 1, steps + 1).tolist()
+def ladder(steps: int, *, power: float = 1.0) -> list[float]:
+    """Inverse temperatures from 0 to 1 in ``steps`` steps, equal ones, or with a power above 1 shorter towards 1."""
+    return (1 - (1 - np.linspace(0, 1, steps + 1)) ** power).tolist()

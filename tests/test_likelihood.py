@@ -14,6 +14,8 @@ from capsnb.likelihood import (
     anneal_capsules,
     anneal_rbm,
     between,
+    frozen_log_likelihood,
+    independent_pixels,
     ladder,
     log_mean,
     log_z_of_each_expert,
@@ -74,11 +76,11 @@ def test_one_weight_has_no_error_and_is_refused():
         log_mean(torch.zeros(1))
 
 
-def test_weights_of_few_steps_and_a_bad_move_are_unbiased_all_the_same(rng):
-    """Normal densities of growing precision, where Z is known; the move keeps them, but hardly gets anywhere."""
+def test_weights_of_three_long_steps_are_unbiased_all_the_same(rng):
+    """Normal densities of growing precision, where Z is known; the move keeps them, and stands still half of the time."""
 
     def move(x, precision):
-        proposal = x + 0.1 * torch.randn(x.shape, generator=rng, dtype=x.dtype)
+        proposal = x + torch.randn(x.shape, generator=rng, dtype=x.dtype)
         gain = precision * (x.square() - proposal.square()) / 2
         return torch.where(torch.rand(x.shape, generator=rng, dtype=x.dtype).log() < gain, proposal, x)
 
@@ -117,7 +119,7 @@ def test_annealing_finds_log_z_of_a_density_that_jumps_where_another_capsule_win
 def test_more_temperatures_make_the_weights_more_alike(double, rng):
     F = with_couplings(5 * double(I, J, D, E), routed())
     errors = [log_mean(annealed(F, 503, I, E, ladder(steps), rng).log_weight).error for steps in (1, 8, 64)]
-    assert all(later < 0.7 * earlier for earlier, later in zip(errors, errors[1:]))
+    assert errors[1] < 0.85 * errors[0] and errors[2] < 0.5 * errors[1]
 
 
 def test_led_both_ways_the_chains_enclose_the_truth_and_more_temperatures_close_the_gap(double, rng):
@@ -144,19 +146,24 @@ def test_the_chains_end_as_draws_from_the_model(double, rng):
         assert abs(found.mean() - expected) < 4 * found.std() / len(found) ** 0.5
 
 
-def test_the_steps_shrink_where_the_density_grows_steep_and_most_proposals_are_accepted(double, rng):
+def test_the_steps_shrink_where_the_density_grows_steep_and_are_as_long_as_the_target_allows(double, rng):
     W = 30 * double(I, J, D, E)
     F = with_couplings(W, constant(torch.full((I, J), 0.5, dtype=torch.float64)))
     x = uniform_in_balls(211, I, E, rng=rng)
     sizes = tune(F, x, ladder(100), rng=rng)
     assert len(sizes) == 101 and max(sizes) <= 1 and sizes[-1] < 0.5 * max(sizes)
     ends = anneal_capsules(F, x, ladder(100), step_sizes=sizes, rng=rng).state
-    assert 0.6 < exact.hmc(ends, F, steps=20, step_size=sizes[-1], leapfrog=2, rng=rng).accepted < 0.95
+    assert 0.2 < exact.hmc(ends, F, steps=20, step_size=sizes[-1], leapfrog=1, rng=rng).accepted < 0.7
 
 
 def test_every_temperature_needs_a_step_size(rng):
     with pytest.raises(ValueError, match="shorter"):
         anneal_capsules(lambda x: x.sum((1, 2)), torch.zeros(3, I, E), ladder(3), step_sizes=[0.1] * 3, rng=rng)
+
+
+def test_a_ladder_has_equal_rungs_or_closer_ones_towards_the_end():
+    assert ladder(4) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert ladder(4, power=2.0) == pytest.approx([0, 7 / 16, 3 / 4, 15 / 16, 1])
 
 
 # Trained encoders
@@ -187,6 +194,22 @@ def test_every_expert_alone_has_the_closed_form_of_one(double):
     assert_close(log_z_of_each_expert(W), torch.stack(expected))
 
 
+def test_the_frozen_likelihood_is_that_of_the_winner_as_the_only_expert(small_model, digits):
+    x, W = small_model.lower_capsules(digits[0][:307]).detach(), small_model.encoder.W.detach()
+    winner, ones = explanation(x, W).argmax(1), torch.ones(len(W), 1)
+    assert len(winner.unique()) > 1
+    found = frozen_log_likelihood(small_model.encoder, x)
+    for b in (0, 5, 11, 306):
+        alone = W[:, [winner[b]]]
+        truth = -free_energy(x[[b]], alone, ones[None]) - exact.log_z_of_one_expert(alone, ones)
+        assert_close(found[[b]], truth)
+
+
+def test_where_capsules_share_the_couplings_the_frozen_likelihood_is_unknown(rng):
+    encoder = CapsuleEncoder(13, 11, EncoderSettings(capsules=J, dim=D)).eval()
+    assert frozen_log_likelihood(encoder, squash(torch.randn(7, 13, 11, generator=rng))) is None
+
+
 # RBMs
 
 
@@ -197,20 +220,30 @@ def rbm(double):
 
 def test_annealing_an_rbm_finds_the_log_z_that_enumeration_gives(rbm, rng):
     base = new_rbm(torch.rand(5, 13, generator=rng).double(), 7, rng=rng, deviation=0.0)
-    found = anneal_rbm(rbm, base, 503, ladder(100), rng=rng)
-    assert_estimates(found.log_weight, rbms.log_z(rbm).item(), within=0.2)
+    v, log_z_base = independent_pixels(base, 503, rng=rng)
+    found = anneal_rbm(rbm, base, v, ladder(100), rng=rng)
+    assert_estimates(found.log_weight, (rbms.log_z(rbm) - log_z_base).item(), within=0.2)
+
+
+def test_an_rbm_led_down_from_its_own_draws_has_the_inverse_weights(rbm, rng):
+    base = new_rbm(torch.rand(5, 13, generator=rng).double(), 7, rng=rng, deviation=0.0)
+    states = rbms.all_states(13).double()
+    draws = states[(-rbms.free_energy(rbm, states)).softmax(0).multinomial(503, replacement=True, generator=rng)]
+    found = anneal_rbm(rbm, base, draws, ladder(100)[::-1], rng=rng)
+    assert_estimates(found.log_weight, (rbms.log_z(base) - rbms.log_z(rbm)).item(), within=0.2)
 
 
 def test_the_chains_of_an_rbm_end_as_its_draws(rbm, rng):
     base = new_rbm(torch.full((1, 13), 0.5).double(), 7, rng=rng, deviation=0.0)
-    ends = anneal_rbm(rbm, base, 4_001, ladder(100), rng=rng).state
+    ends = anneal_rbm(rbm, base, independent_pixels(base, 4_001, rng=rng)[0], ladder(100), rng=rng).state
     assert_close(ends.mean(0), rbms.model_term(rbm).b, rtol=0, atol=0.04)
 
 
-def test_an_rbm_led_to_the_base_itself_has_the_base_s_log_z_in_every_chain(rbm, rng):
+def test_independent_pixels_have_the_log_z_of_enumeration_and_their_probabilities(rbm, rng):
     base = RBM(torch.zeros_like(rbm.w), rbm.b, rbm.c)
-    found = anneal_rbm(base, base, 5, ladder(3), rng=rng).log_weight
-    assert_close(found, rbms.log_z(base).expand(5))
+    v, found = independent_pixels(base, 10_007, rng=rng)
+    assert_close(found, rbms.log_z(base))
+    assert_close(v.mean(0), rbm.b.sigmoid(), rtol=0, atol=0.025)
 
 
 def test_the_energy_between_two_rbms_is_the_weighted_sum_of_theirs(rbm, double):
@@ -220,6 +253,6 @@ def test_the_energy_between_two_rbms_is_the_weighted_sum_of_theirs(rbm, double):
     assert_close(rbms.energy(between(rbm, other, 0.3), v, h), expected)
 
 
-def test_a_base_with_weights_is_refused(rbm, rng):
-    with pytest.raises(ValueError, match="base has weights"):
-        anneal_rbm(rbm, rbm, 5, ladder(3), rng=rng)
+def test_pixels_of_an_rbm_with_weights_are_not_independent(rbm, rng):
+    with pytest.raises(ValueError, match="this RBM has weights"):
+        independent_pixels(rbm, 5, rng=rng)
