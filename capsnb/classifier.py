@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from capsnb import checkpoints
 from capsnb.checks import require_choice, require_images
 from capsnb.pretrained import WEIGHTS
-from capsnb.training import Step, _minimise, _Plan
+from capsnb.training import Plan, Step, minimise
 
 CLASSES = 10
 CLASSIFIERS = ("mnist",)
@@ -92,8 +92,8 @@ def train_classifier(
     settings = classifier.settings
     optimiser = torch.optim.Adam(classifier.parameters(), settings.learning_rate)
     steps = max(1, round(settings.epochs * len(images) / settings.batch))
-    plan = _Plan(optimiser, settings.learning_rate, steps, settings.batch, warmup=100, autocast=True)
-    yield from _minimise(classifier, (images, labels), plan, seed=seed, checkpoint=checkpoint)
+    plan = Plan(optimiser, settings.learning_rate, steps, settings.batch, warmup=100, autocast=True)
+    yield from minimise(classifier, (images, labels), plan, seed=seed, checkpoint=checkpoint)
 
 
 def load_classifier(dataset: str = "mnist") -> Classifier:

@@ -37,9 +37,9 @@ def sample_poses(
 
 def sample_layers(count: int, poses: "Poses", *, domain: str, rng: torch.Generator) -> Float[Tensor, "count J d"]:
     """``count`` layers with one capsule on: drawn by the share of training images it won, with a pose of ``domain``."""
+    drawn = sample_poses(count, poses, domain=domain, rng=rng)
     on = torch.multinomial(poses.share, count, replacement=True, generator=rng)
-    mask = F.one_hot(on, len(poses.share)).to(poses.mean)
-    return sample_poses(count, poses, domain=domain, rng=rng) * mask.unsqueeze(2)
+    return drawn * F.one_hot(on, len(poses.share)).unsqueeze(2)
 
 
 def restrict(pose: Float[Tensor, "B J d"], mean: Float[Tensor, "J d"]) -> Float[Tensor, "B J d"]:

@@ -49,7 +49,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How a module is minimised."""
 
     optimiser: torch.optim.Optimizer
@@ -68,8 +68,8 @@ def train_autoencoder(
     settings = autoencoder.settings
     optimiser = torch.optim.Adam(autoencoder.parameters(), settings.learning_rate)
     steps = max(1, round(settings.epochs * len(images) / settings.batch))
-    plan = _Plan(optimiser, settings.learning_rate, steps, settings.batch, warmup=100, autocast=True)
-    yield from _minimise(autoencoder, (images,), plan, seed=seed, checkpoint=checkpoint)
+    plan = Plan(optimiser, settings.learning_rate, steps, settings.batch, warmup=100, autocast=True)
+    yield from minimise(autoencoder, (images,), plan, seed=seed, checkpoint=checkpoint)
     autoencoder.centre()
 
 
@@ -85,8 +85,8 @@ def train_encoder(
     if settings.start and not (checkpoint and checkpoint.exists()):
         start_from_subspaces(encoder, z_lower, seed=seed)
     batch = settings.batch // settings.views.learned if settings.views else settings.batch
-    plan = _Plan(_optimiser(encoder, settings), settings.learning_rate, settings.steps, batch, 50, False)
-    yield from _minimise(encoder, (z_lower,), plan, seed=seed, checkpoint=checkpoint, prepare=squash)
+    plan = Plan(_optimiser(encoder, settings), settings.learning_rate, settings.steps, batch, 50, False)
+    yield from minimise(encoder, (z_lower,), plan, seed=seed, checkpoint=checkpoint, prepare=squash)
 
 
 @torch.no_grad()
@@ -128,8 +128,8 @@ def train_decoder(
         some = torch.arange(min(1000, len(capsules)))
         yield Step(1, 1, decoder(*(part[some].to(decoder.U) for part in (capsules, z_lower))).item(), 0.0)
         return
-    plan = _Plan(_optimiser(decoder, settings), settings.learning_rate, settings.steps, settings.batch, 50, False)
-    yield from _minimise(decoder, (capsules, z_lower), plan, seed=seed, checkpoint=checkpoint)
+    plan = Plan(_optimiser(decoder, settings), settings.learning_rate, settings.steps, settings.batch, 50, False)
+    yield from minimise(decoder, (capsules, z_lower), plan, seed=seed, checkpoint=checkpoint)
 
 
 @torch.no_grad()
@@ -162,16 +162,19 @@ def _optimiser(module: nn.Module, settings) -> torch.optim.Optimizer:
     return kind(parameters, rate, momentum=settings.momentum, weight_decay=decay)
 
 
-def _minimise(
+def minimise(
     module: nn.Module,
     data: tuple[Rows, ...],
-    plan: _Plan,
+    plan: Plan,
     *,
     seed: int,
     checkpoint: Path | None,
     prepare: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Iterator[Step]:
-    """Minimise ``module(*batch)``; yield after every update; save to and go on from ``checkpoint``."""
+    """Minimise ``module(*batch)``; yield after every update; save to and go on from ``checkpoint``.
+
+    ``prepare`` is applied to every part of a batch. The module's ``settings``, a dataclass, must stay the same.
+    """
     device = next(module.parameters()).device
     facts = {"settings": asdict(module.settings), "seed": seed, "rows": len(data[0])}
     distributed.require_same(**facts)

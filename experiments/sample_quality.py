@@ -27,7 +27,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from capsnb import checkpoints, data, load_pretrained, runs
@@ -37,7 +36,7 @@ from capsnb.baselines.vae import load_vae
 from capsnb.classifier import Classifier, load_classifier
 from capsnb.pretrained import WEIGHTS
 from capsnb.quality import class_measures, compare, nearest_neighbours
-from capsnb.sampling import DOMAINS, sample_poses
+from capsnb.sampling import DOMAINS, sample_layers
 from experiments.over_which_index import as_bytes
 
 SAMPLES, QUICK_SAMPLES = 10_000, 200
@@ -102,9 +101,7 @@ def vae_fitted(count: int, train: Images, *, rng: torch.Generator) -> Images:
 def one_capsule(model: str, domain: str, count: int, train: Images, *, rng: torch.Generator) -> Images:
     """One capsule on, drawn as often as it wins training images, its pose drawn in ``domain``."""
     capsules = load_pretrained(model)
-    poses = sample_poses(count, capsules.poses, domain=domain, rng=rng)
-    on = torch.multinomial(capsules.poses.share, count, replacement=True, generator=rng)
-    return capsules.decode(poses * F.one_hot(on, poses.shape[1]).unsqueeze(2))
+    return capsules.decode(sample_layers(count, capsules.poses, domain=domain, rng=rng))
 
 
 def training_poses(model: str, count: int, train: Images, *, rng: torch.Generator) -> Images:

@@ -14,7 +14,7 @@ from capsnb.checks import require_images
 from capsnb.model import GRID, ConvAutoencoder
 from capsnb.pretrained import WEIGHTS
 from capsnb.settings import AutoencoderSettings
-from capsnb.training import Step, _minimise, _Plan
+from capsnb.training import Plan, Step, minimise
 
 _PART = 250  # images decoded at once, to bound memory
 
@@ -88,8 +88,8 @@ def train_vae(
     settings = vae.settings
     optimiser = torch.optim.Adam(vae.parameters(), settings.learning_rate)
     steps = max(1, round(settings.epochs * len(images) / settings.batch))
-    plan = _Plan(optimiser, settings.learning_rate, steps, settings.batch, warmup=100, autocast=True)
-    yield from _minimise(vae, (images,), plan, seed=seed, checkpoint=checkpoint)
+    plan = Plan(optimiser, settings.learning_rate, steps, settings.batch, warmup=100, autocast=True)
+    yield from minimise(vae, (images,), plan, seed=seed, checkpoint=checkpoint)
 
 
 def load_vae() -> VAE:
