@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from capsnb import checkpoints, data, runs, squash
 from capsnb.evaluation import CLASSES, activation_measures, effective_rank, linear_probe, winner_measures
 from capsnb.model import CapsuleEncoder, ExpertCapsules
-from capsnb.sampling import Poses, one_at_a_time, sample_poses
+from capsnb.sampling import Poses, one_at_a_time
 from capsnb.settings import DecoderSettings
 from capsnb.training import ridge_regression, train_encoder
 
@@ -92,7 +92,10 @@ def fitted_layers(codes: Float[Tensor, "N J d"], rows: int, *, rng: torch.Genera
     poses = Poses(*codes.shape[1:])
     poses.fit(codes)
     length = (poses.mean.square() + poses.covariance.diagonal(dim1=1, dim2=2)).sum(1, keepdim=True).sqrt()
-    return one_at_a_time(length * F.normalize(sample_poses(rows, poses, domain="fitted", rng=rng), dim=2))
+    values, vectors = torch.linalg.eigh(poses.covariance)
+    noise = torch.randn(rows, *poses.mean.shape, generator=rng) * values.clamp(min=0).sqrt()
+    drawn = poses.mean + torch.einsum("jde,bje->bjd", vectors, noise)
+    return one_at_a_time(length * F.normalize(drawn, dim=2))
 
 
 def read_out_alone(codes: Float[Tensor, "N J d"], lower: Float[Tensor, "N I e"]) -> Float[Tensor, "n m"]:

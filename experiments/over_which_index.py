@@ -36,7 +36,12 @@ from experiments.common import (
     show_titles,
 )
 
-BASES = {name: PRESETS[name].encoder for name in ("dense", "sparse")}
+# The sparse experts of this experiment see every image once and have no conscience: fewer things that could matter.
+_SPARSE = PRESETS["sparse"].encoder
+BASES = {
+    "dense": PRESETS["dense"].encoder,
+    "sparse": replace(_SPARSE, sharpness=1.0, views=None, sparsity=replace(_SPARSE.sparsity, conscience=0.0)),
+}
 CHANGES = {
     "": {},
     "-over-lower": {"over": "lower"},

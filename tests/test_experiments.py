@@ -35,7 +35,7 @@ I, J, D, E = 13, 5, 7, 11  # noqa: E741
 def test_every_variant_differs_in_one_choice_from_its_base():
     changed = {}
     for name, chosen in VARIANTS.items():
-        base = asdict(PRESETS[name.split("-")[0]].encoder)
+        base = asdict(BASES[name.split("-")[0]])
         changed[name] = {field for field, value in asdict(chosen).items() if value != base[field]}
     assert changed.pop("dense") == changed.pop("sparse") == set()
     assert changed.pop("dense-over-lower-paper-rate") == {"over", "learning_rate"}
