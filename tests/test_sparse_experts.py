@@ -62,7 +62,7 @@ def ablated(encoder, **changes):
 
 def differing(one, other):
     """The names of the settings that differ, those of the sparsity as "sparsity.name"."""
-    one, other = ({**asdict(each.settings), "score": each.score, "shared_out": each.shared_out} for each in (one, other))
+    one, other = (asdict(each.settings) | {"score": each.score, "shared_out": each.shared_out} for each in (one, other))
     names = {name for name in one if one[name] != other[name]}
     if "sparsity" in names and one["sparsity"] and other["sparsity"]:
         inner = {name for name, value in one["sparsity"].items() if other["sparsity"][name] != value}
