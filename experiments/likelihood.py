@@ -245,11 +245,12 @@ class Results:
 
 
 def fingerprint(name: str) -> str:
-    """A number that changes with the weights of a shipped model, those of a stage 1 that it shares included."""
+    """A number that changes with what is judged: the RBM, or stages 1 and 2 of a shipped model."""
     if name == "rbm":
         parts = rbms.load_rbm(WEIGHTS / "rbm.safetensors")
     else:
-        parts = load_pretrained(name).state_dict().values()
+        tensors = load_pretrained(name).state_dict()
+        parts = [value for key, value in tensors.items() if key.startswith(("autoencoder.", "encoder."))]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.contiguous().numpy().tobytes())
