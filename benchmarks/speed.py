@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks import votes
 from capsnb import checkpoints, load_pretrained, native, route, runs, squash
 from capsnb.model import CapsuleEncoder
-from experiments.over_which_index import BASES
+from experiments.bases import BASES
 
 ROUTING = {"the paper's": (64, 576, 20), "ten times the lower": (64, 5760, 20), "ten times the upper": (64, 576, 200)}
 QUICK_ROUTING = {"tiny": (3, 12, 5)}

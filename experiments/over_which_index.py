@@ -23,6 +23,7 @@ from torch import Tensor
 from capsnb import load_pretrained
 from capsnb.model import ExpertCapsules
 from capsnb.settings import PRESETS, EncoderSettings
+from experiments.bases import BASES
 from experiments.common import (
     QUICK_STEPS,
     Results,
@@ -36,14 +37,6 @@ from experiments.common import (
     show_titles,
 )
 
-# The sparse experts here are plain: one view of an image, no conscience, a random start, cosines that count once, and
-# the mask that goes with these. Fewer things could matter than in the preset; benchmarks/speed.py times them too.
-_SPARSE = PRESETS["sparse"].encoder
-_PLAIN = {"sharpness": 1.0, "views": None, "start": None, "steps": 1500}
-BASES = {
-    "dense": PRESETS["dense"].encoder,
-    "sparse": replace(_SPARSE, **_PLAIN, sparsity=replace(_SPARSE.sparsity, gamma_first=25.0, conscience=0.0)),
-}
 CHANGES = {
     "": {},
     "-over-lower": {"over": "lower"},

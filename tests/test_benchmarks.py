@@ -14,7 +14,7 @@ from benchmarks import speed, votes
 from capsnb import checkpoints, route, squash
 from capsnb.model import CapsuleEncoder
 from capsnb.sparsity import explanation
-from experiments.over_which_index import BASES
+from experiments.bases import BASES
 
 B, I, J, D, E = 3, 7, 5, 11, 13  # noqa: E741
 

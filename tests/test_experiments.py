@@ -18,6 +18,7 @@ from capsnb.sampling import one_at_a_time
 from capsnb.settings import PRESETS, EncoderSettings
 from capsnb.training import ridge_regression
 from experiments import over_which_index
+from experiments.bases import BASES
 from experiments.common import (
     QUICK_STEPS,
     TABLE,
@@ -29,7 +30,7 @@ from experiments.common import (
     top_direction_cosine,
     variance_left,
 )
-from experiments.over_which_index import BASES, VARIANTS, main
+from experiments.over_which_index import VARIANTS, main
 
 I, J, D, E = 13, 5, 7, 11  # noqa: E741
 
