@@ -77,7 +77,7 @@ def test_one_weight_has_no_error_and_is_refused():
 
 
 def test_weights_of_three_long_steps_are_unbiased_all_the_same(rng):
-    """Normal densities of growing precision, where Z is known; the move keeps them, and stands still half of the time."""
+    """Normal densities of growing precision, where Z is known; the move keeps them, and often stands still."""
 
     def move(x, precision):
         proposal = x + torch.randn(x.shape, generator=rng, dtype=x.dtype)
