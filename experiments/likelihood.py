@@ -113,7 +113,7 @@ def one_expert(model: ExpertCapsules, sizes: Sizes, *, rng: torch.Generator) -> 
     """log Z of the first expert alone, coupled to everything with weight 1: estimated, and the truth."""
     W = model.encoder.W.detach()[:, :1]
     F = lambda x: free_energy(x, W, x.new_ones(*x.shape[:2], 1))  # noqa: E731
-    steps, start = sizes.ladders[-2], time.process_time()
+    steps, start = sizes.ladders[-1], time.process_time()
     found = estimate(climb(F, (W.shape[0], W.shape[3]), ladder(steps), sizes, rng=rng), steps, 0.0)
     return found | {"exact": log_z_of_each_expert(W).item(), "processor_seconds": time.process_time() - start}
 
@@ -245,11 +245,12 @@ class Results:
 
 
 def fingerprint(name: str) -> str:
-    """A number that changes with the weights of a shipped model, those of a stage 1 that it shares included."""
+    """A number that changes with what is judged: the RBM, or stages 1 and 2 of a shipped model."""
     if name == "rbm":
         parts = rbms.load_rbm(WEIGHTS / "rbm.safetensors")
     else:
-        parts = load_pretrained(name).state_dict().values()
+        tensors = load_pretrained(name).state_dict()
+        parts = [value for key, value in tensors.items() if key.startswith(("autoencoder.", "encoder."))]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.contiguous().numpy().tobytes())

@@ -23,6 +23,7 @@ from torch import Tensor
 from capsnb import load_pretrained
 from capsnb.model import ExpertCapsules
 from capsnb.settings import PRESETS, EncoderSettings
+from experiments.bases import BASES
 from experiments.common import (
     QUICK_STEPS,
     Results,
@@ -36,12 +37,6 @@ from experiments.common import (
     show_titles,
 )
 
-# The sparse experts of this experiment see every image once and have no conscience: fewer things that could matter.
-_SPARSE = PRESETS["sparse"].encoder
-BASES = {
-    "dense": PRESETS["dense"].encoder,
-    "sparse": replace(_SPARSE, sharpness=1.0, views=None, sparsity=replace(_SPARSE.sparsity, conscience=0.0)),
-}
 CHANGES = {
     "": {},
     "-over-lower": {"over": "lower"},

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch.testing import assert_close
 
+import capsnb
 from capsnb import checkpoints, data, squash
 from capsnb.model import CapsuleEncoder
 from capsnb.routing import route_with_agreement
@@ -16,6 +18,7 @@ from capsnb.sampling import one_at_a_time
 from capsnb.settings import PRESETS, EncoderSettings
 from capsnb.training import ridge_regression
 from experiments import over_which_index
+from experiments.bases import BASES
 from experiments.common import (
     QUICK_STEPS,
     TABLE,
@@ -41,6 +44,14 @@ def test_every_variant_differs_in_one_choice_from_its_base():
     assert changed.pop("dense-over-lower-paper-rate") == {"over", "learning_rate"}
     assert VARIANTS["dense-over-lower-paper-rate"] == PRESETS["paper"].encoder
     assert all(len(fields) == 1 for fields in changed.values()) and len(changed) == 10
+
+
+@pytest.mark.parametrize("file", ["over-which-index.json", "over-which-index-seed-1.json"])
+def test_the_shipped_results_are_those_of_the_settings_that_the_experiment_has_now(file):
+    shipped = checkpoints.read_json(Path(capsnb.__file__).parent / "results" / file)["variants"]
+    assert {name: record["settings"] for name, record in shipped.items()} == {
+        name: asdict(VARIANTS[name]) for name in shipped
+    }
 
 
 def test_the_variance_left_by_the_linear_read_out_is_numpys(double):
