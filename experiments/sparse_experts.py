@@ -30,6 +30,7 @@ from capsnb.model import GRID, CapsuleEncoder, ExpertCapsules
 from capsnb.routing import RoutingState
 from capsnb.settings import PRESETS, EncoderSettings
 from capsnb.sparsity import explanation, share_out
+from experiments.bases import BASES
 from experiments.common import (
     QUICK_STEPS,
     Results,
@@ -54,8 +55,8 @@ class Variant(NamedTuple):
 
 
 WHOLE, DENSE = PRESETS["sparse"].encoder, PRESETS["dense"].encoder
-PLAIN = replace(WHOLE.sparsity, gamma_first=25.0, conscience=0.0)
-BASE = replace(WHOLE, views=None, start=None, sparsity=PLAIN, steps=400, batch=64)  # short: there are many variants
+BASE = replace(BASES["sparse"], sharpness=WHOLE.sharpness, steps=400, batch=64)  # short: there are many variants
+PLAIN = BASE.sparsity
 READ_OUT = 20_000  # training images for the read-outs and the probe
 # Another optimiser needs a rate of its own: that of the preset "dense", and the one with which Adam trains its stage 3.
 SGD = {name: getattr(DENSE, name) for name in ("optimiser", "learning_rate", "momentum", "weight_decay")}
@@ -73,7 +74,6 @@ VARIANTS = {
     "sgd": Variant(replace(BASE, **SGD)),
     "adam": Variant(replace(BASE, **ADAM)),
     "conscience": Variant(replace(BASE, sparsity=replace(PLAIN, conscience=WHOLE.sparsity.conscience))),
-    "start": Variant(replace(BASE, start=WHOLE.start)),
 }
 SHIPPED = {"dense": "mnist-dense", "sparse": "mnist"}
 MEMORY = 0.99  # of the running mean and deviation in the standardised agreement

@@ -81,7 +81,6 @@ def test_every_variant_differs_in_one_part_from_the_base():
         "no-boost": "sparsity.boost_step",
         "constant-gamma": "sparsity.gamma_first",
         "conscience": "sparsity.conscience",
-        "start": "start",
         "not-shared-out": "shared_out",
     }.items():
         assert changed.pop(name) == {field}
@@ -96,7 +95,6 @@ def test_the_variants_remove_and_add_what_they_say():
     assert sparsity["constant-gamma"].gamma_first == sparsity["constant-gamma"].gamma_last
     assert VARIANTS["no-mask"].settings.sparsity is None
     assert sparsity["conscience"].conscience == PRESETS["sparse"].encoder.sparsity.conscience > 0
-    assert VARIANTS["start"].settings.start == PRESETS["sparse"].encoder.start
 
 
 def test_the_base_is_the_preset_without_what_else_divides_the_images():
