@@ -31,12 +31,16 @@ class Results:
         return any(self._of(name, key) for key in self.arrays) and facts.items() <= record.items()
 
     def add(self, name: str, record: dict, arrays: dict[str, Tensor]) -> None:
-        """Write a finished record; its arrays first, so that numbers never stand without them.
+        """Write a finished record and its arrays.
 
-        They are called ``name``, or begin with it and a slash, and replace all earlier ones of that name.
+        These are called ``name``, or begin with it and a slash, and replace all earlier ones of that name.
         """
         self.arrays = {key: array for key, array in self.arrays.items() if not self._of(name, key)} | arrays
         self.content[self.records][name] = record
+        self.write()
+
+    def write(self) -> None:
+        """Write both files; the arrays first, so that numbers never stand without them."""
         self.content["versions"] = runs.versions()
         checkpoints.write(self.tensors, self.arrays)
         checkpoints.write_json(self.json, self.content)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import paper
@@ -10,26 +11,16 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch.testing import assert_close
 
-from capsnb import checkpoints, squash
-from capsnb.model import CapsuleEncoder
+import capsnb
+from capsnb import checkpoints, runs, squash, views
+from capsnb.model import CapsuleEncoder, ExpertCapsules
 from capsnb.routing import RoutingState
 from capsnb.settings import PRESETS, EncoderSettings, SparsitySettings
 from experiments import sparse_experts
-from experiments.common import QUICK_STEPS, TABLE
-from experiments.sparse_experts import (
-    MEMORY,
-    SCORES,
-    VARIANTS,
-    AblatedEncoder,
-    Standardised,
-    Variant,
-    build,
-    fingerprint,
-    main,
-    ranks,
-    shipped_ranks,
-    support,
-)
+from experiments.bases import BASES
+from experiments.common import QUICK_STEPS, TABLE, Split
+from experiments.ranking import MEMORY, SCORES, AblatedEncoder, Standardised, Variant, ranks, support
+from experiments.sparse_experts import VARIANTS, Lessons, build, fingerprint, main, shipped_ranks, shortened
 
 B, I, J, D, E = 3, 72, 5, 7, 11  # noqa: E741  I: two lower capsules at each of the 36 positions
 SETTINGS = EncoderSettings(
@@ -70,8 +61,9 @@ def differing(one, other):
     return names
 
 
-def test_every_variant_differs_in_one_part_from_the_base():
-    changed = {name: differing(variant, VARIANTS["base"]) for name, variant in VARIANTS.items()}
+def test_every_variant_differs_in_one_part_from_its_base():
+    changed = {name: differing(VARIANTS[name], VARIANTS[name.split("-")[0]]) for name in VARIANTS if "preset" in name}
+    changed |= {name: differing(variant, VARIANTS["base"]) for name, variant in VARIANTS.items() if name not in changed}
     for name in ("sgd", "adam"):
         assert VARIANTS[name].settings.optimiser == name
         assert "optimiser" in changed[name]
@@ -82,26 +74,37 @@ def test_every_variant_differs_in_one_part_from_the_base():
         "constant-gamma": "sparsity.gamma_first",
         "conscience": "sparsity.conscience",
         "not-shared-out": "shared_out",
+        "preset-no-views": "views",
+        "preset-no-conscience": "sparsity.conscience",
+        "preset-no-start": "start",
     }.items():
         assert changed.pop(name) == {field}
-    assert changed.pop("base") == set()
+    assert changed.pop("base") == changed.pop("preset") == set()
     assert all(fields == {"score"} for fields in changed.values())
     assert {VARIANTS[name].score for name in changed} == set(SCORES) - {"explanation"}
 
 
 def test_the_variants_remove_and_add_what_they_say():
-    sparsity = {name: VARIANTS[name].settings.sparsity for name in ("no-boost", "constant-gamma", "conscience")}
-    assert sparsity["no-boost"].boost_step == 0
-    assert sparsity["constant-gamma"].gamma_first == sparsity["constant-gamma"].gamma_last
-    assert VARIANTS["no-mask"].settings.sparsity is None
-    assert sparsity["conscience"].conscience == PRESETS["sparse"].encoder.sparsity.conscience > 0
+    chosen = {name: variant.settings for name, variant in VARIANTS.items()}
+    assert chosen["no-mask"].sparsity is None and chosen["no-boost"].sparsity.boost_step == 0
+    constant = chosen["constant-gamma"].sparsity
+    assert constant.gamma_first == constant.gamma_last
+    assert chosen["conscience"].sparsity.conscience == chosen["preset"].sparsity.conscience > 0
+    assert chosen["preset-no-conscience"].sparsity.conscience == 0
+    assert chosen["preset-no-views"].views is None and chosen["preset-no-start"].start is None
 
 
-def test_the_base_is_the_preset_without_what_else_divides_the_images():
-    fields = {"views", "start", "steps", "batch", "sparsity.gamma_first", "sparsity.conscience"}
-    assert differing(Variant(PRESETS["sparse"].encoder), VARIANTS["base"]) == fields
-    base = VARIANTS["base"].settings
-    assert base.views is None and base.start is None and base.sparsity.conscience == 0
+def test_the_bases_are_the_preset_and_the_plain_experts_with_its_sharpness():
+    assert VARIANTS["preset"] == Variant(PRESETS["sparse"].encoder)
+    plain = Variant(replace(BASES["sparse"], sharpness=PRESETS["sparse"].encoder.sharpness))
+    assert VARIANTS["base"] == plain and (plain.settings.views, plain.settings.start) == (None, None)
+
+
+def test_the_shipped_results_are_those_of_the_settings_that_the_experiment_has_now():
+    shipped = checkpoints.read_json(Path(capsnb.__file__).parent / "results" / "sparse-experts.json")["variants"]
+    for name, record in shipped.items():
+        expected = VARIANTS[name]._asdict() | {"settings": asdict(VARIANTS[name].settings)}
+        assert {key: record[key] for key in expected} == expected
 
 
 def test_what_a_variant_does_not_change_is_the_librarys_own_encoder(small_model, small_settings):
@@ -136,6 +139,46 @@ def test_couplings_that_are_not_shared_out_are_those_of_routing_times_the_mask(t
         for j in range(J):
             expected[b, :, j] *= mask[b, j].item()
     assert_close(plain.couplings(x), torch.as_tensor(expected))
+
+
+# What they learn from
+
+
+@pytest.fixture
+def split(small_model, digits):
+    """A few training images with their lower capsules in 16 bits."""
+    images = digits[0][:101]
+    return Split(images, digits[1][:101], small_model.lower_preactivations(images).detach().half())
+
+
+@pytest.mark.parametrize("name", ["base", "preset", "preset-no-views"])
+def test_variants_learn_from_the_rows_that_training_gives_their_settings(name, small_model, split):
+    chosen, rows = VARIANTS[name].settings, torch.tensor([7, 3, 89])
+    model = ExpertCapsules(replace(small_model.settings, encoder=chosen)).eval()
+    model.autoencoder = small_model.autoencoder
+    found = []
+    for lessons in (Lessons(small_model, split).of(chosen), runs.Encoded(model, split.images).lessons):
+        torch.manual_seed(37)
+        found.append(lessons[rows].float())
+    assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
+def test_neighbours_are_searched_once_and_only_for_views(small_model, split, monkeypatch):
+    searched, neighbours = [], views.neighbours
+    monkeypatch.setattr(views, "neighbours", lambda *given: searched.append(given[1]) or neighbours(*given))
+    lessons = Lessons(small_model, split)
+    chosen = {name: lessons.of(VARIANTS[name].settings) for name in ("base", "preset-no-views")}
+    assert searched == []
+    assert lessons.of(VARIANTS["preset"].settings) is lessons.of(VARIANTS["preset-no-start"].settings)
+    assert searched == [PRESETS["sparse"].encoder.views.neighbours]
+    assert chosen["base"] is split.lower and chosen["preset-no-views"][torch.tensor([3])].dtype == torch.float32
+
+
+def test_a_check_shortens_training_and_start_and_nothing_else():
+    for name in ("not-shared-out", "preset"):
+        assert differing(shortened(VARIANTS[name]), VARIANTS[name]) <= {"steps", "start"}
+        assert shortened(VARIANTS[name]).settings.steps == QUICK_STEPS
+    assert shortened(VARIANTS["preset"]).settings.start.groups < PRESETS["sparse"].encoder.start.groups
 
 
 # The scores
@@ -230,7 +273,7 @@ def test_ranks_are_counted_and_scores_compared_to_the_largest_as_in_loops(rng):
 
 def test_the_ranks_of_a_model_are_those_of_its_supports_and_explanations(small_model, digits):
     lower = small_model.lower_preactivations(digits[0][:307]).detach()
-    found = shipped_ranks(small_model, sparse_experts.Split(digits[0][:307], digits[1][:307], lower))
+    found = shipped_ranks(small_model, Split(digits[0][:307], digits[1][:307], lower))
     x = squash(lower)
     assert found["support"] == ranks(support(small_model.encoder.route(x).coupling))
     expected = ranks(SCORES["explanation"](x, small_model.encoder.W.detach(), None))
@@ -311,6 +354,20 @@ def test_a_second_run_keeps_what_is_finished_and_makes_what_is_of_other_weights_
     assert trained == ["base"] and after["shipped"] == before["shipped"]
     assert after["variants"]["by-standardised"] == before["variants"]["by-standardised"]
     assert after["variants"]["base"]["autoencoder"] == before["variants"]["base"]["autoencoder"]
+
+
+def test_every_variant_is_trained_on_its_own_lessons(tmp_path, monkeypatch):
+    """With nothing trained or measured."""
+    learned = {}
+    monkeypatch.setattr(sparse_experts, "fit", lambda name, model, rows, seed: learned.update({name: rows}) or model)
+    measured = dict.fromkeys(TABLE, 0.0), {"": torch.zeros(1)}
+    monkeypatch.setattr(sparse_experts, "measure", lambda *given: measured)
+    monkeypatch.setattr(sparse_experts, "run_shipped", lambda results: None)
+    main(["--quick", "--out", str(tmp_path / "all.json")])
+    assert list(learned) == list(VARIANTS)
+    for name, rows in learned.items():
+        chosen = VARIANTS[name].settings
+        assert isinstance(rows, views.Views if chosen.views else runs.Encoded if chosen.start else torch.Tensor)
 
 
 def test_a_fingerprint_changes_with_any_weight(encoder):
