@@ -360,8 +360,8 @@ def test_every_variant_is_trained_on_its_own_lessons(tmp_path, monkeypatch):
     """With nothing trained or measured."""
     learned = {}
     monkeypatch.setattr(sparse_experts, "fit", lambda name, model, rows, seed: learned.update({name: rows}) or model)
-    measured = dict.fromkeys(TABLE, 0.0), {"": torch.zeros(1)}
-    monkeypatch.setattr(sparse_experts, "measure", lambda *given: measured)
+    measures = dict.fromkeys(TABLE, 0.0)
+    monkeypatch.setattr(sparse_experts, "measure", lambda *given: (measures, {"": torch.zeros(1)}))
     monkeypatch.setattr(sparse_experts, "run_shipped", lambda results: None)
     main(["--quick", "--out", str(tmp_path / "all.json")])
     assert list(learned) == list(VARIANTS)
