@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from torch.testing import assert_close
 
 import capsnb
-from capsnb import checkpoints, runs, squash, views
+from capsnb import checkpoints, load_pretrained, runs, squash, views
 from capsnb.model import CapsuleEncoder, ExpertCapsules
 from capsnb.routing import RoutingState
 from capsnb.settings import PRESETS, EncoderSettings, SparsitySettings
@@ -20,7 +20,17 @@ from experiments import sparse_experts
 from experiments.bases import BASES
 from experiments.common import QUICK_STEPS, TABLE, Split
 from experiments.ranking import MEMORY, SCORES, AblatedEncoder, Standardised, Variant, ranks, support
-from experiments.sparse_experts import VARIANTS, Lessons, build, fingerprint, main, shipped_ranks, shortened
+from experiments.sparse_experts import (
+    VARIANTS,
+    Lessons,
+    build,
+    facts_of,
+    fingerprint,
+    main,
+    shipped_ranks,
+    shortened,
+    train,
+)
 
 B, I, J, D, E = 3, 72, 5, 7, 11  # noqa: E741  I: two lower capsules at each of the 36 positions
 SETTINGS = EncoderSettings(
@@ -139,6 +149,18 @@ def test_couplings_that_are_not_shared_out_are_those_of_routing_times_the_mask(t
         for j in range(J):
             expected[b, :, j] *= mask[b, j].item()
     assert_close(plain.couplings(x), torch.as_tensor(expected))
+
+
+def test_the_preset_with_the_seed_of_the_model_that_ships_is_that_model_and_nothing_else_is(monkeypatch):
+    stage1 = load_pretrained("mnist")
+    monkeypatch.setattr(sparse_experts, "fit", lambda name, model, rows, seed: model)
+    for name, seed, same in (("preset", 0, True), ("preset", 1, False), ("preset-no-start", 0, False)):
+        model = train(name, VARIANTS[name], stage1, None, 0.1, seed)
+        assert (model is stage1) is same and model.encoder.settings == VARIANTS[name].settings
+        facts = facts_of(VARIANTS[name], stage1, seed)
+        assert facts["autoencoder"] == fingerprint(stage1.autoencoder)
+        assert facts.get("encoder") == (fingerprint(stage1.encoder) if same else None)
+    assert train("preset", shortened(VARIANTS["preset"]), stage1, None, 0.1, 0) is not stage1
 
 
 # What they learn from
