@@ -20,6 +20,7 @@ from experiments import sparse_experts
 from experiments.bases import BASES
 from experiments.common import QUICK_STEPS, TABLE, Split
 from experiments.ranking import MEMORY, SCORES, AblatedEncoder, Standardised, Variant, ranks, support
+from experiments.results import Results
 from experiments.sparse_experts import (
     VARIANTS,
     Lessons,
@@ -27,6 +28,7 @@ from experiments.sparse_experts import (
     facts_of,
     fingerprint,
     main,
+    run_shipped,
     shipped_ranks,
     shortened,
     train,
@@ -112,6 +114,7 @@ def test_the_bases_are_the_preset_and_the_plain_experts_with_its_sharpness():
 
 def test_the_shipped_results_are_those_of_the_settings_that_the_experiment_has_now():
     shipped = checkpoints.read_json(Path(capsnb.__file__).parent / "results" / "sparse-experts.json")["variants"]
+    assert list(shipped) == list(VARIANTS)
     for name, record in shipped.items():
         expected = VARIANTS[name]._asdict() | {"settings": asdict(VARIANTS[name].settings)}
         assert {key: record[key] for key in expected} == expected
@@ -376,6 +379,16 @@ def test_a_second_run_keeps_what_is_finished_and_makes_what_is_of_other_weights_
     assert trained == ["base"] and after["shipped"] == before["shipped"]
     assert after["variants"]["by-standardised"] == before["variants"]["by-standardised"]
     assert after["variants"]["base"]["autoencoder"] == before["variants"]["base"]["autoencoder"]
+
+
+def test_the_ranks_of_the_shipped_models_are_written_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(sparse_experts, "encoded", lambda *given: None)
+    monkeypatch.setattr(sparse_experts, "shipped_ranks", lambda model, test: {"support": model.settings.preset})
+    out = tmp_path / "ranks.json"
+    run_shipped(Results(out, True, 3))
+    found = json.loads(out.read_text())
+    assert all(found["shipped"][name]["support"] == name for name in ("dense", "sparse"))
+    assert found["variants"] == {} and found["seed"] == 3 and "torch" in found["versions"]
 
 
 def test_every_variant_is_trained_on_its_own_lessons(tmp_path, monkeypatch):
