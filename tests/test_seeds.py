@@ -1,0 +1,83 @@
+"""The experiment on seeds: what it trains, clusters and sums up, and that the shipped seed is the shipped model."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import capsnb
+from capsnb import checkpoints
+from capsnb.settings import PRESETS
+from experiments import seeds
+from experiments.seeds import NAMES, main, subspaces_purity, summary, trained
+
+PACKAGE = Path(capsnb.__file__).parent
+
+
+def lines(rng, count):
+    """Unit vectors near one of three lines through zero, on both sides of it, with the number of the line."""
+    which = torch.randint(3, (count,), generator=rng)
+    side = torch.randint(2, (count, 1), generator=rng) * 2.0 - 1
+    return side * torch.eye(3, 7)[which] + 0.05 * torch.randn(count, 7, generator=rng), which
+
+
+def test_subspaces_find_lines_through_zero_whatever_the_side(rng):
+    (train, _), (test, truth) = lines(rng, 503), lines(rng, 211)
+    assert subspaces_purity(train, test, truth, clusters=3, dim=1, seed=0) == 1.0
+    shuffled = truth[torch.randperm(211, generator=rng)]
+    assert subspaces_purity(train, test, shuffled, clusters=3, dim=1, seed=0) < 0.6
+
+
+def test_the_summary_is_numpys_mean_and_spread_of_the_seeds_of_a_data_set():
+    records = {
+        "mnist-0": {"measures": {"purity": 0.5, "quality": {"fid": 3.0}, "samples": {}}},
+        "mnist-1": {"measures": {"purity": 0.9, "quality": {"fid": 4.0}}},
+        "mnist-2": {"measures": {"purity": 0.7, "quality": {"fid": 8.0}}},
+        "fashion-mnist-0": {"measures": {"purity": 0.1}},
+    }
+    found = summary(records)
+    assert list(found) == ["mnist"] and list(found["mnist"]) == ["purity", "fid"]
+    assert found["mnist"]["purity"] == pytest.approx({"mean": 0.7, "spread": np.std([0.5, 0.9, 0.7], ddof=1)})
+    assert found["mnist"]["fid"] == pytest.approx({"mean": 5.0, "spread": np.std([3.0, 4.0, 8.0], ddof=1)})
+
+
+def test_seed_0_is_the_shipped_model_and_is_not_trained(monkeypatch, small_model, tmp_path):
+    monkeypatch.setattr(seeds, "load_pretrained", {"fashion-mnist": small_model}.get)
+    assert trained("fashion-mnist", 0, torch.zeros(0, 1, 28, 28), tmp_path, False) is small_model
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quick_run_trains_with_its_seed_rounds_to_16_bits_and_is_kept(small_settings, monkeypatch, tmp_path, capsys):
+    small = small_settings()
+    start = replace(small.encoder.start, groups=101, components=23, tries=1)
+    small = replace(small, encoder=replace(small.encoder, start=start, batch=28))
+    monkeypatch.setattr(seeds, "quick", lambda settings: small)
+    arguments = ["--quick", "--only", "mnist-1", "mnist-2", "--out", str(tmp_path / "seeds.json")]
+    main(arguments)
+    printed = capsys.readouterr().out
+    content = checkpoints.read_json(tmp_path / "seeds.json")
+    assert list(content["runs"]) == ["mnist-1", "mnist-2"] and content["quick"] is True
+    one, other = (content["runs"][name]["measures"] for name in ("mnist-1", "mnist-2"))
+    assert one["reconstruction_mse"] != other["reconstruction_mse"]
+    assert {"purity", "svm_probe", "subspaces_purity", "quality"} <= set(one)
+    assert content["summary"]["mnist"]["purity"]["mean"] == pytest.approx((one["purity"] + other["purity"]) / 2)
+    folder = tmp_path / "seeds.runs" / "mnist-1"
+    assert checkpoints.read(folder / "model.safetensors")[1]["seed"] == 1
+    model = trained("mnist", 1, torch.zeros(1000, 1, 28, 28), tmp_path / "seeds.runs", True)  # finished: only read
+    assert all(torch.equal(value, value.half().float()) for value in model.state_dict().values())
+
+    monkeypatch.setattr(seeds, "trained", lambda *_: pytest.fail("a finished run was trained again"))
+    main(arguments)
+    assert capsys.readouterr().out == printed
+
+
+def test_the_shipped_results_are_of_the_preset_and_seed_0_is_the_shipped_model():
+    content = checkpoints.read_json(PACKAGE / "results" / "seeds.json")
+    assert content["quick"] is False and set(content["runs"]) <= set(NAMES)
+    assert all(record["settings"] == asdict(PRESETS["sparse"]) for record in content["runs"].values())
+    for dataset in ("mnist", "fashion-mnist"):
+        shipped = checkpoints.read_json(PACKAGE / "weights" / f"{dataset}.evaluation.json")["measures"]
+        assert content["runs"][f"{dataset}-0"]["measures"]["purity"] == pytest.approx(shipped["purity"], abs=1e-3)
+    assert content["summary"] == summary(content["runs"])
