@@ -9,10 +9,12 @@ three stages, in the folder runs/seeds/DATASET-SEED, where an interrupted traini
 again; its weights are then rounded to 16 bits, as the shipped ones are. Training takes the 60,000 training images, the
 measures the 10,000 test images.
 
-The JSON holds for every run all that ``python -m capsnb evaluate`` measures; the purity of two clusterings with as many
-clusters, k-means of pixels and k-subspaces of the run's own lower capsules; for MNIST the support vector machine, and
-under "quality" what ``experiments.sample_quality`` measures of 10,000 samples of the fitted domain. "summary" holds
-mean and spread (standard deviation, n - 1) over seeds. The safetensors file beside it holds 40 samples of every run.
+The JSON holds for every run all that ``python -m capsnb evaluate`` measures (for MNIST the support vector machine too);
+"subspaces_purity", that of k-subspaces of the run's own lower capsules, with as many clusters as capsules;
+"principal_probe", the linear probe when every image keeps its winner, whose pose is replaced by so many principal
+coordinates of the lower capsules that it wins; and for MNIST under "quality" what ``experiments.sample_quality``
+measures of 10,000 samples of the fitted domain. "summary" holds mean and spread (standard deviation, n - 1) over seeds.
+The safetensors file beside it holds 40 samples of every run.
 """
 
 import time
@@ -26,7 +28,7 @@ from torch.nn import functional as F
 
 from capsnb import data, load_pretrained, runs, squash
 from capsnb.classifier import load_classifier
-from capsnb.evaluation import contingency, evaluate, purity
+from capsnb.evaluation import contingency, evaluate, linear_probe, purity, winner
 from capsnb.model import ExpertCapsules
 from capsnb.sampling import sample_layers
 from capsnb.settings import PRESETS, quick
@@ -40,12 +42,15 @@ SEEDS, DATASETS = 3, ("mnist", "fashion-mnist")
 NAMES = [f"{dataset}-{seed}" for dataset in DATASETS for seed in range(SEEDS)]
 FOLDER = Path("runs/seeds")
 COMPONENTS = 200  # principal directions of the lower capsules in which k-subspaces clusters them, as in stage 2's start
+PRINCIPAL = (16, 32)  # coordinates: as many as a pose has, and twice as many
 TRIES, SWEEPS = 5, 20  # of k-subspaces: tries as for k-means here, and sweeps after which few images move
 HEADLINE = (
     "purity",
     "assignment_accuracy",
     "capsules_in_use",
     "linear_probe",
+    "principal_probe_16",
+    "principal_probe_32",
     "svm_probe",
     "reconstruction_mse",
     "kmeans_purity",
@@ -54,6 +59,9 @@ HEADLINE = (
     "confident",
     "recall",
 )
+
+
+Split = tuple[Tensor, Tensor]  # images and labels
 
 
 def trained(dataset: str, seed: int, images: Tensor, folder: Path, is_quick: bool) -> ExpertCapsules:
@@ -84,12 +92,25 @@ def subspaces_purity(
 
     Vectors are reduced to their principal directions and brought to length 1, as for the start of stage 2.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        directions = principal_directions(train[:5000], COMPONENTS)
+    directions = principal_directions(train[:5000], COMPONENTS)
     points, others = (F.normalize(part @ directions, dim=1).unsqueeze(1) for part in (train, test))
     fitted = k_subspaces(points, clusters=clusters, dim=dim, tries=TRIES, sweeps=SWEEPS, seed=seed)
     return purity(contingency(explained_by(others, fitted.bases).argmax(1), truth, clusters))
+
+
+def principal_poses(
+    train: Float[Tensor, "N D"], test: Float[Tensor, "M D"], won: tuple[Tensor, Tensor], capsules: int, dim: int
+) -> list[Float[Tensor, "n J d"]]:
+    """Both splits as poses: the direction of an image in the principal subspace of the training images of its winner.
+
+    ``won`` holds the winner of every image of ``train`` and of ``test``. No subspace of that size explains them better.
+    """
+    poses = [split.new_zeros(len(split), capsules, dim) for split in (train, test)]
+    for j in won[0].unique().tolist():
+        directions = principal_directions(train[won[0] == j], dim + 8)[:, :dim]
+        for pose, split, of in zip(poses, (train, test), won):
+            pose[of == j, j] = F.normalize(split[of == j] @ directions, dim=1)
+    return poses
 
 
 def headline(measures: dict) -> dict[str, float]:
@@ -119,17 +140,30 @@ class Results(results.Results):
         super().add(name, record, arrays)
 
 
+def of_lower_capsules(model: ExpertCapsules, train: Split, test: Split, seed: int) -> dict[str, float]:
+    """What can be said of images by stage 1's capsules: the purity of k-subspaces, and the principal probes."""
+    settings, splits = model.settings.encoder, (train, test)
+    lower = [lower_capsules(model, images) for images, _ in splits]
+    sizes = {"clusters": settings.capsules, "dim": settings.dim}
+    found = {"subspaces_purity": subspaces_purity(*lower, test[1], **sizes, seed=seed)}
+    won = tuple(winner(runs.Encoded(model, images).upper) for images, _ in splits)
+    for dim in PRINCIPAL:
+        poses = principal_poses(*lower, won, settings.capsules, dim)
+        found[f"principal_probe_{dim}"] = linear_probe(poses[0], train[1], poses[1], test[1])
+    return found
+
+
 def measure(model: ExpertCapsules, dataset: str, seed: int, is_quick: bool) -> tuple[dict, Tensor]:
     """All measures of a run, and pictures of its samples."""
-    (images, labels), test = (data.load(dataset, split, sample=is_quick) for split in ("train", "test"))
+    train, test = (data.load(dataset, split, sample=is_quick) for split in ("train", "test"))
     rng = torch.Generator().manual_seed(seed)
     samples = model.decode(sample_layers(QUICK_SAMPLES if is_quick else SAMPLES, model.poses, domain="fitted", rng=rng))
-    found = evaluate(model, (images, labels), test, seed=seed, svm=dataset == "mnist")
-    chosen, lower = model.settings.encoder, [lower_capsules(model, split) for split in (images, test[0])]
-    sizes = {"clusters": chosen.capsules, "dim": chosen.dim}
-    found["subspaces_purity"] = subspaces_purity(*lower, test[1], **sizes, seed=seed)
+    found = evaluate(model, train, test, seed=seed, svm=dataset == "mnist")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        found |= of_lower_capsules(model, train, test, seed)
     if dataset == "mnist":  # the features are a digit classifier's
-        found["quality"] = measure_samples(samples, Real(images, test[0], load_classifier()), rng=rng)[0]
+        found["quality"] = measure_samples(samples, Real(train[0], test[0], load_classifier()), rng=rng)[0]
     return found, as_bytes(samples[:SHOWN])
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 import capsnb
 from capsnb import checkpoints
 from capsnb.settings import PRESETS
 from experiments import seeds
-from experiments.seeds import NAMES, main, subspaces_purity, summary, trained
+from experiments.seeds import NAMES, main, principal_poses, subspaces_purity, summary, trained
 
 PACKAGE = Path(capsnb.__file__).parent
 
@@ -28,6 +29,18 @@ def test_subspaces_find_lines_through_zero_whatever_the_side(rng):
     assert subspaces_purity(train, test, truth, clusters=3, dim=1, seed=0) == 1.0
     shuffled = truth[torch.randperm(211, generator=rng)]
     assert subspaces_purity(train, test, shuffled, clusters=3, dim=1, seed=0) < 0.6
+
+
+def test_principal_poses_stand_at_the_winner_and_lie_in_the_subspace_of_what_it_wins(rng):
+    basis = torch.linalg.qr(torch.randn(2, 23, 3, generator=rng)).Q  # of two capsules: 3 dimensions of 23
+    won, won_test = torch.randint(2, (101,), generator=rng), torch.randint(2, (53,), generator=rng)
+    inside = [torch.einsum("nd,ncd->nc", torch.randn(len(of), 3, generator=rng), basis[of]) for of in (won, won_test)]
+    train, test = principal_poses(*inside, (won, won_test), 3, 3)
+    assert torch.equal(test.norm(dim=2) > 0.5, torch.nn.functional.one_hot(won_test, 3).bool())
+    assert_close(test.sum(1).norm(dim=1), torch.ones(53))  # nothing of them is lost
+    alike = torch.nn.functional.normalize(inside[1][won_test == 1], dim=1)
+    assert_close(test[won_test == 1, 1] @ test[won_test == 1, 1].T, alike @ alike.T)  # nor are they bent
+    assert train.shape == (101, 3, 3)
 
 
 def test_the_summary_is_numpys_mean_and_spread_of_the_seeds_of_a_data_set():
