@@ -47,7 +47,7 @@ from experiments.common import as_bytes
 MODELS = ("mnist", "fashion-mnist")
 SETS = ("axes", "turned", "principal", "fitted")
 RANGE, STEPS = (0.01, 0.99), 11
-TRAINING = 20_000  # training images that are encoded
+TRAINING = 10_000  # training images that are encoded
 VISIBLE, LARGEST_JUMP, NAMED = 0.25, 3.0, 0.5
 TABLE = ("visible", "smooth", "visible_and_smooth", "named")
 
@@ -55,7 +55,7 @@ TABLE = ("visible", "smooth", "visible_and_smooth", "named")
 class Sizes(NamedTuple):
     """How many poses every direction is swept from, and the capsules looked at, if they are in use."""
 
-    starts: int = 6
+    starts: int = 4
     capsules: int = 1000
 
 
