@@ -59,7 +59,7 @@ def test_correlations_are_numpys_and_0_where_nothing_varies(double):
 
 
 def test_the_difference_is_the_mean_over_each_image_and_the_next_one():
-    assert difference(grey(torch.tensor([0.0, 0.3, 1.0]))) == pytest.approx((0.3 + 0.7 + 1.0) / 3)
+    assert difference(grey(torch.tensor([0.0, 0.3, 1.0, 0.1]))) == pytest.approx((0.3 + 0.7 + 0.9 + 0.1) / 4)
 
 
 def test_images_belong_to_the_capsule_with_the_longest_pose(rng):
@@ -67,9 +67,9 @@ def test_images_belong_to_the_capsule_with_the_longest_pose(rng):
     found = won(images, codes)
     assert sum(len(each.poses) for each in found) == 11
     for n, code in enumerate(codes):
-        mine = found[max(range(3), key=lambda j: code[j].norm())]
-        (row,) = [r for r, image in enumerate(mine.images) if torch.equal(image, images[n])]
-        assert mine.poses[row] in code
+        longest = max(range(3), key=lambda j: code[j].norm())
+        (row,) = [r for r, image in enumerate(found[longest].images) if torch.equal(image, images[n])]
+        assert torch.equal(found[longest].poses[row], code[longest])
 
 
 def test_a_sweep_changes_the_coordinate_along_its_direction_and_nothing_else(rng):
