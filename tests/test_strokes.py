@@ -83,6 +83,10 @@ def test_a_diagonal_line_of_single_pixels_closes_a_hole():
     assert holes(diamond).item() == 1
 
 
+def test_a_stroke_from_rim_to_rim_closes_in_nothing():
+    assert holes(image((ROW - 13).abs() < 2)).item() == 0
+
+
 def test_images_without_ink_measure_nothing_and_pixels_of_others_do_not_matter():
     both = torch.cat([image(torch.zeros(28, 28)), sheared(13)])
     for measure in MEASUREMENTS.values():
