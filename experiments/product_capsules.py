@@ -4,9 +4,10 @@
     python -m experiments.product_capsules --quick --out FILE      few updates on the shipped sample: only for checks
     python -m experiments.product_capsules --only s15 s7-r8 --out FILE
 
-Stage 1 is that of a shipped model, stage 2 is trained with its settings on all 60,000 training images of MNIST, stage 3
-is a ridge regression. All spaces take 16 numbers a capsule. All is fitted on the training images and, but for samples,
-measured on the 10,000 test images. A finished variant is written at once, and kept when the command runs again.
+Stage 1 is that of a shipped model. Stage 2 is trained with its settings on all 60,000 training images of MNIST; where
+there is a sphere only, the shipped one is taken. Stage 3 is a ridge regression. All spaces take 16 numbers a capsule.
+All is fitted on the training images and, but for samples, measured on the 10,000 test images. A finished variant is
+written at once, and kept when the command runs again.
 
 The JSON holds the measures. The safetensors file beside it holds pictures of 8 bits, each column a capsule: for every
 variant "NAME", samples [3, 20, 28, 28] of the complete domain, "NAME/DOMAIN" of the others, and "NAME/circle" and
@@ -14,6 +15,7 @@ variant "NAME", samples [3, 20, 28, 28] of the complete domain, "NAME/DOMAIN" of
 """
 
 import argparse
+import functools
 import hashlib
 import time
 from dataclasses import asdict, dataclass, replace
@@ -22,13 +24,13 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from capsnb import data, load_pretrained, runs
 from capsnb.evaluation import winner_measures
 from capsnb.model import ExpertCapsules
-from capsnb.product_capsules import ProductEncoder, Space, split
+from capsnb.product_capsules import ProductEncoder, Space, euclidean_deviation, split
 from capsnb.sampling import Poses
 from capsnb.settings import EncoderSettings
 from capsnb.strokes import MEASUREMENTS, area
@@ -46,8 +48,8 @@ class Variant:
 
 
 VARIANTS = {
-    "s7-r8": Variant("mnist-bias-free", Space()),
     "s15": Variant("mnist-bias-free", Space(sphere=16)),
+    "s7-r8": Variant("mnist-bias-free", Space()),
     "s7-r8-even": Variant("mnist-bias-free", Space(offset=0.0)),
     "s1-r14": Variant("mnist-bias-free", Space(sphere=2)),
     "centred-s7-r8": Variant("mnist", Space()),
@@ -55,6 +57,16 @@ VARIANTS = {
 }
 QUICK_UPDATES = 5
 TABLE = ("capsules_in_use", "purity", "variance_left", "mean_direction")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """All that decides the outcome of a variant but the seed."""
+
+    encoder: EncoderSettings
+    space: Space
+    stage1: str
+    fingerprint: str
 
 
 class Part(NamedTuple):
@@ -66,19 +78,25 @@ class Part(NamedTuple):
     lower: Float[Tensor, "N I e"]
 
 
-def train(name: str, chosen: EncoderSettings, lower: Tensor, seed: int) -> ProductEncoder:
-    """An encoder for the space of the variant ``name``, trained on the ``lower`` capsules."""
+def train(name: str, chosen: Chosen, model: ExpertCapsules, lower: Tensor, seed: int) -> ProductEncoder:
+    """An encoder for the space of the variant ``name``, trained on the ``lower`` capsules.
+
+    Without Euclidean numbers that is the paper's encoder, and the one that ships with stage 1 is taken as it is.
+    """
     torch.manual_seed(seed)
-    encoder = ProductEncoder(*lower.shape[1:], chosen, VARIANTS[name].space)
+    encoder = ProductEncoder(*lower.shape[1:], chosen.encoder, chosen.space)
+    if chosen.space.sphere == chosen.encoder.dim:
+        encoder.load_state_dict(model.encoder.state_dict())
+        return encoder.eval()
     updates = train_encoder(encoder, lower, seed=seed)
-    for _ in tqdm(updates, desc=name, total=chosen.steps, leave=False, mininterval=1.0):
+    for _ in tqdm(updates, desc=name, total=chosen.encoder.steps, leave=False, mininterval=1.0):
         pass
     return encoder.eval()
 
 
-def fingerprint(model: ExpertCapsules) -> str:
-    """A short name for the weights of stage 1: with others, results are no longer of this model."""
-    content = b"".join(value.numpy().tobytes() for value in model.autoencoder.state_dict().values())
+def fingerprint(*modules: nn.Module) -> str:
+    """A short name for the shipped weights that a variant takes: with others, its results are no longer theirs."""
+    content = b"".join(value.numpy().tobytes() for module in modules for value in module.state_dict().values())
     return hashlib.sha256(content).hexdigest()[:12]
 
 
@@ -104,6 +122,7 @@ def measure(
         **winner_measures(held_out.states, test.labels),
         "variance_left": measures.variance_left(readers["samples"], held_out.states, test.lower),
         "mean_direction": mean_direction(poses, space),
+        "euclidean": euclidean_measures(poses, space),
         "explained": measures.explained(fitted, held_out, (train_part.strokes, test.strokes), space),
         "ink": {kind: [area(rows.unsqueeze(1)).mean().item() for rows in walk] for kind, walk in walks.items()},
     }
@@ -117,11 +136,27 @@ def mean_direction(poses: Poses, space: Space) -> float:
     return ((poses.share * length).sum() / poses.share.sum()).item()
 
 
-def encoded(model: ExpertCapsules, split_name: str, quick: bool) -> Part:
-    """A split of MNIST; quick runs take the shipped sample, others never do."""
+def euclidean_measures(poses: Poses, space: Space) -> dict[str, float]:
+    """Where r lies in training: its mean on the offset's axis and off it, over capsules by share, and its deviation."""
+    mean, share = split(poses.mean, space)[1], poses.share / poses.share.sum()
+    return {
+        "mean_on_axis": (share * mean[:, :1].sum(1)).sum().item(),
+        "mean_off_axis": (share * torch.linalg.vector_norm(mean[:, 1:], dim=1)).sum().item(),
+        "deviation": euclidean_deviation(poses, space).item(),
+    }
+
+
+@functools.cache
+def measured(split_name: str, quick: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A split of MNIST and all that is measured on its images; quick runs take the shipped sample, others never do."""
     images, labels = data.load("mnist", split_name, sample=quick)
+    return images, labels, {name: taken(images) for name, taken in MEASUREMENTS.items()}
+
+
+def encoded(model: ExpertCapsules, split_name: str, quick: bool) -> Part:
+    """A split of MNIST after stage 1 of ``model``."""
+    images, labels, strokes = measured(split_name, quick)
     rows = runs.Encoded(model, images)
-    strokes = {name: taken(images) for name, taken in MEASUREMENTS.items()}
     lower = torch.cat([rows[part].half() for part in torch.arange(len(images)).split(500)])
     return Part(images, labels, strokes, lower)
 
@@ -139,27 +174,19 @@ def run(results: Results, names: list[str], *, quick: bool, seed: int) -> None:
             show(name, results.content["variants"][name]["measures"])
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """All that decides the outcome of a variant but the seed."""
-
-    encoder: EncoderSettings
-    space: Space
-    stage1: str
-    fingerprint: str
-
-
 def settings_of(name: str, model: ExpertCapsules, quick: bool) -> Chosen:
     """What the variant would be trained with now."""
     encoder, variant = model.settings.encoder, VARIANTS[name]
+    sphere_only = variant.space.sphere == encoder.dim
+    taken = (model.autoencoder, model.encoder) if sphere_only else (model.autoencoder,)
     encoder = replace(encoder, steps=QUICK_UPDATES) if quick else encoder
-    return Chosen(encoder, variant.space, variant.stage1, fingerprint(model))
+    return Chosen(encoder, variant.space, variant.stage1, fingerprint(*taken))
 
 
 def add(results: Results, name: str, chosen: Chosen, model: ExpertCapsules, parts: list[Part], seed: int) -> None:
     """Train, measure and write one variant; its seconds are those of training."""
     started = time.monotonic()
-    encoder = train(name, chosen.encoder, parts[0].lower, seed)
+    encoder = train(name, chosen, model, parts[0].lower, seed)
     record = {"settings": asdict(chosen), "seconds": round(time.monotonic() - started, 1)}
     record["measures"], images = measure(model, encoder, *parts, seed)
     results.add(name, record, {name + end: image for end, image in images.items()})

@@ -1,0 +1,218 @@
+"""The experiment with capsules on S^m x R^n x (0, 1): what it measures and that it runs; no outcome is asserted."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LinearRegression
+from threadpoolctl import threadpool_limits
+from torch.testing import assert_close
+
+from capsnb import checkpoints, load_pretrained, squash
+from capsnb.product_capsules import Space, states_of
+from capsnb.sampling import one_at_a_time
+from capsnb.settings import PRESETS
+from experiments import product_capsules
+from experiments.over_which_index import Results
+from experiments.product_capsules import VARIANTS, Variant, euclidean_measures, main, mean_direction, settings_of, train
+from experiments.product_measures import (
+    STEPS,
+    explained_share,
+    features,
+    read_out,
+    sweeps,
+    variance_left,
+)
+
+SPACE = Space(sphere=3)  # S^2 x R^4
+
+
+def test_every_variant_takes_as_many_numbers_and_differs_from_the_first_in_one_choice():
+    first, changed = asdict(VARIANTS["s7-r8"]), {}
+    for name, variant in VARIANTS.items():
+        fields = asdict(variant)
+        differs = {key for key in first["space"] if fields["space"][key] != first["space"][key]}
+        changed[name] = differs | {"stage1"} if variant.stage1 != first["stage1"] else differs
+    assert changed.pop("s7-r8") == set() and changed.pop("centred-s15") == {"sphere", "stage1"}
+    assert [len(fields) for fields in changed.values()] == [1] * len(changed)
+    assert all(variant.space.sphere <= PRESETS["sparse"].encoder.dim for variant in VARIANTS.values())
+
+
+def test_the_explained_share_is_that_of_one_linear_regression_per_capsule(double):
+    x, x_test, mix = double(601, 5), double(307, 5), double(3, 5)
+    on, on_test = torch.arange(601) % 3, torch.arange(307) % 3
+    y, y_test = ((a * mix[b]).sum(1) + 2 * b + double(len(a)) for a, b in ((x, on), (x_test, on_test)))
+    error, variance = 0.0, 0.0
+    for j in range(3):
+        mine, theirs = (on == j).numpy(), (on_test == j).numpy()
+        fit = LinearRegression().fit(x.numpy()[mine], y.numpy()[mine])
+        error += np.sum((fit.predict(x_test.numpy()[theirs]) - y_test.numpy()[theirs]) ** 2)
+        variance += np.sum((y_test.numpy()[theirs] - y.numpy()[mine].mean()) ** 2)
+    assert explained_share((x, y, on), (x_test, y_test, on_test)) == pytest.approx(1 - error / variance)
+
+
+def test_capsules_with_too_few_images_for_a_fit_are_left_out(double):
+    x, y, on = double(101, 5), double(101), (torch.arange(101) >= 80).long()
+    alone = explained_share((x[:80], y[:80], on[:80]), (x[:80], y[:80], on[:80]))
+    assert explained_share((x, y, on), (x, y, on)) == pytest.approx(alone)
+    assert explained_share((x[80:], y[80:], on[80:]), (x, y, on)) == 0
+
+
+def test_direction_line_and_activation_tell_apart_what_each_of_them_holds(double):
+    own = double(601, 7)
+    found = features(own, SPACE)
+    assert list(found) == ["direction", "activation", "line", "all"] and found["all"].shape == (601, 8)
+    assert_close(found["line"], own[:, 3:])
+    longer = torch.cat([5 * own[:, :3], own[:, 3:]], dim=1)
+    assert_close(features(longer, SPACE)["direction"], found["direction"])
+    activation = states_of(own.unsqueeze(1), SPACE)[:, 0, :3].norm(dim=1, keepdim=True)
+    assert_close(found["activation"], torch.logit(activation))
+    assert list(features(own, Space(sphere=7))) == ["direction", "activation", "all"]
+
+
+@pytest.fixture
+def states(rng):
+    """Three capsules on S^2 x R^4, the last never on, whose ink grows with the first numbers of both parts."""
+    z = torch.randn(601, 3, 7, generator=rng) + torch.tensor([2.0, 2, 0, 0, 0, 9, 9])
+    on = torch.arange(601) % 2
+    states = states_of(torch.zeros_like(z).scatter(1, on.view(-1, 1, 1).expand(-1, 1, 7), z[:, :1]), SPACE)
+    own = states[torch.arange(601), on]
+    return states, on, 3 * own[:, 0] + own[:, 3]
+
+
+def test_the_circle_starts_and_ends_opposite_the_mean_direction_and_stays_on_the_sphere(states):
+    circle = sweeps(*states, SPACE)["circle"][:, 0]
+    mean = states[0][states[1] == 0, 0].mean(0)
+    middle = mean[:3] / mean[:3].norm()
+    assert_close(circle[:, :3].norm(dim=1), torch.ones(STEPS))
+    assert_close(circle[:, :3] @ middle, torch.linspace(-torch.pi, torch.pi, STEPS).cos())
+    assert_close(circle[:, 3:], mean[3:].expand(STEPS, -1))
+    assert circle[STEPS // 2 + 1, 0] > circle[STEPS // 2, 0]  # forwards is where the ink grows
+
+
+def test_the_line_takes_even_steps_of_one_standard_deviation_of_its_linear_fit(states):
+    of_states, on, ink = states
+    line, r = sweeps(*states, SPACE)["line"][:, 0], of_states[on == 0, 0, 3:].double().numpy()
+    fit = LinearRegression().fit(r, ink[on == 0].double().numpy())
+    assert_close(line.diff(dim=0), line.diff(dim=0)[:1].expand(STEPS - 1, -1), atol=1e-4, rtol=1e-4)
+    assert_close(line[STEPS // 2, 3:].double().numpy(), r.mean(0), atol=1e-4, rtol=1e-4)
+    told = fit.predict(line[:, 3:].double().numpy())
+    assert np.diff(told).mean() == pytest.approx(fit.predict(r).std(ddof=1), rel=1e-3)
+    assert_close(line[:, :3], line[:1, :3].expand(STEPS, -1))
+
+
+def test_a_capsule_that_wins_nothing_is_not_swept_and_a_sphere_alone_has_no_line(states):
+    assert all((swept[:, 2] == 0).all() for swept in sweeps(*states, SPACE).values())
+    assert list(sweeps(*states, Space(sphere=7))) == ["circle"]
+
+
+def test_the_read_out_is_the_ridge_regression_and_leaves_the_variance_that_numpy_finds(small_model, double, states):
+    codes, lower = states[0].repeat(1, 2, 1)[:, :5], double(601, 72, 3).half()
+    reader = read_out(small_model, codes, lower, SPACE, activation=True)
+    code = np.concatenate([codes, np.linalg.norm(codes[..., :3], axis=2, keepdims=True)], axis=2).reshape(601, -1)
+    y, gram = lower.flatten(1).float().numpy(), code.T @ code
+    ridge = small_model.settings.decoder.ridge * np.diag(gram).mean()
+    matrix = np.linalg.solve(gram + ridge * np.eye(len(gram)), code.T @ y)
+    np.testing.assert_allclose(reader.matrix.numpy(), matrix, atol=1e-3, rtol=1e-3)
+    left = np.sum((code @ matrix - y) ** 2) / np.sum((y - y.mean(0)) ** 2)
+    assert variance_left(reader, codes, lower) == pytest.approx(left, rel=1e-3)
+
+
+def test_images_of_single_capsules_are_those_of_their_layers(small_model, double, states):
+    codes = states[0].repeat(1, 2, 1)[:, :5]
+    reader = read_out(small_model, codes, double(601, 72, 3), SPACE, activation=False)
+    found = reader.alone(codes[:2])
+    layers = one_at_a_time(codes[:2]).flatten(0, 1)
+    with torch.no_grad():
+        expected = small_model.image((layers.flatten(1) @ reader.matrix).view(-1, 72, 3))
+    assert_close(found.flatten(0, 1), expected[:, 0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_mean_direction_is_1_for_a_single_point_and_weighted_by_share(small_model):
+    poses = small_model.poses
+    poses.mean.zero_()
+    poses.mean[0, 1], poses.mean[1, 0], poses.mean[1, 4] = 1.0, 0.5, 9.0
+    poses.share.copy_(torch.tensor([0.75, 0.25, 0, 0, 0]))
+    assert mean_direction(poses, SPACE) == pytest.approx(0.875)
+
+
+def test_the_euclidean_part_is_told_on_the_axis_of_the_offset_and_off_it(small_model):
+    poses = small_model.poses
+    poses.mean.zero_()
+    poses.mean[0, 3], poses.mean[1, 3], poses.mean[1, 4], poses.mean[1, 5], poses.mean[1, 0] = -2.0, 1.0, 3.0, 4.0, 9.0
+    poses.share.copy_(torch.tensor([0.75, 0.25, 0, 0, 0]))
+    poses.covariance.copy_(torch.eye(7).expand(5, 7, 7) * 0.25)
+    found = euclidean_measures(poses, SPACE)
+    assert found == {"mean_on_axis": pytest.approx(-1.25), "mean_off_axis": pytest.approx(1.25), "deviation": 0.5}
+    assert euclidean_measures(poses, Space(sphere=7)) == {"mean_on_axis": 0, "mean_off_axis": 0, "deviation": 0}
+
+
+def test_a_variant_knows_the_weights_that_it_takes_and_no_others(small_model, monkeypatch):
+    """One with Euclidean numbers takes stage 1; one without takes the shipped stage 2, too."""
+    change = [
+        lambda model: model.encoder.W.data.add_(1e-3),
+        lambda model: model.autoencoder.output_bias.data.add_(1e-3),
+    ]
+    sphere_only = replace(VARIANTS["s15"], space=Space(sphere=small_model.settings.encoder.dim))
+    monkeypatch.setitem(VARIANTS, "sphere-only", sphere_only)
+    kept = []
+    for name in ("s7-r8", "sphere-only"):
+        for make in change:
+            before = settings_of(name, small_model, False)
+            make(small_model)
+            kept.append(settings_of(name, small_model, False) == before)
+    assert kept == [True, False, False, False]
+
+
+def test_where_there_is_a_sphere_only_the_shipped_encoder_is_taken_as_it_is():
+    model, lower = load_pretrained("mnist-bias-free"), torch.randn(7, 576, 8)
+    encoder = train("s15", settings_of("s15", model, True), model, lower, 0)
+    assert_close(encoder.encode(squash(lower)), model.encoder.encode(squash(lower)).detach())
+
+
+# The whole run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The results file of a quick run of two variants."""
+    out = tmp_path_factory.mktemp("results") / "product.json"
+    with threadpool_limits(1, "blas"):
+        main(["--quick", "--out", str(out), "--only", "s15", "s7-r8"])
+    return out
+
+
+def test_a_quick_run_writes_every_measure_and_says_that_it_was_quick(finished):
+    content = json.loads(finished.read_text())
+    assert content["quick"] is True and sorted(content["variants"]) == ["s15", "s7-r8"]
+    for name, record in content["variants"].items():
+        found = record["measures"]
+        assert record["settings"]["space"] == asdict(VARIANTS[name].space)
+        assert 0 < found["variance_left"] < 1 and 0 < found["mean_direction"] < 1
+        parts = ["direction", "activation", "all"] if name == "s15" else ["direction", "activation", "line", "all"]
+        assert sorted(found["explained"]["area"]) == sorted(parts)
+        assert all(len(ink) == STEPS for ink in found["ink"].values())
+        for key in ("samples", "samples_without_activation"):
+            assert all(0 <= domain["negative_share"] <= 1 for domain in found[key].values())
+
+
+def test_the_pictures_are_samples_of_every_domain_and_sweeps(finished):
+    found = checkpoints.read(finished.with_suffix(".safetensors"))[0]
+    ends = ["", "/prior", "/restricted", "/fitted", "/circle"]
+    assert sorted(found) == sorted([f"s15{end}" for end in ends] + [f"s7-r8{end}" for end in [*ends, "/line"]])
+    for name, images in found.items():
+        assert images.shape == (STEPS if name.endswith(("circle", "line")) else 3, 20, 28, 28)
+        assert images.dtype == torch.uint8 and images.float().std() > 1
+
+
+def test_a_second_run_trains_nothing_but_other_weights_or_another_space_make_it_train(finished, monkeypatch):
+    monkeypatch.setattr(product_capsules, "train", None)
+    main(["--quick", "--out", str(finished), "--only", "s7-r8"])
+    model, results = load_pretrained("mnist-bias-free"), Results(finished, True, 0)
+    assert results.holds("s15", settings_of("s15", model, True))
+    monkeypatch.setitem(VARIANTS, "s15", Variant("mnist-bias-free", Space(sphere=16, variance=0.5)))
+    assert not results.holds("s15", settings_of("s15", model, True))
+    model.autoencoder.output_bias.data += 1
+    assert not results.holds("s7-r8", settings_of("s7-r8", model, True))
