@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks import votes
 from capsnb import checkpoints, load_pretrained, native, route, runs, squash
 from capsnb.model import CapsuleEncoder
-from capsnb.settings import PRESETS
+from experiments.bases import BASES
 
 ROUTING = {"the paper's": (64, 576, 20), "ten times the lower": (64, 5760, 20), "ten times the upper": (64, 576, 200)}
 QUICK_ROUTING = {"tiny": (3, 12, 5)}
@@ -105,17 +105,17 @@ def _status(field: str) -> float:
 
 
 def updates(images: int, lower: int, device: str, repeats: int) -> list[dict]:
-    """One update's loss and gradient in stage 2, the optimiser left out: it is the same."""
+    """One update's loss and gradient in stage 2, without the optimiser, which is the same; sparse means plain here."""
     rows = []
-    for preset in ("sparse", "dense"):
+    for name in ("sparse", "dense"):
         torch.manual_seed(0)
-        ours = CapsuleEncoder(lower, LOWER_DIM, PRESETS[preset].encoder).to(device).train()
+        ours = CapsuleEncoder(lower, LOWER_DIM, BASES[name]).to(device).train()
         theirs, (x, _) = copy.deepcopy(ours), layer(images, lower, 1, device)
         works = {
             "votes": lambda: votes.stage2_loss(x, theirs.W, theirs.sparsity).backward(),
             "capsnb": lambda: ours(x).backward(),
         }
-        rows.append({"name": preset, "images": images, "ms": compare(works, device, repeats)})
+        rows.append({"name": name, "images": images, "ms": compare(works, device, repeats)})
     return rows
 
 

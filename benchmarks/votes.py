@@ -42,7 +42,7 @@ def route_by_cosine(votes: Tensor, rounds: int = 3) -> Tensor:
 
 
 def stage2_loss(x: Tensor, W: Tensor, sparsity: Sparsity | None) -> Tensor:
-    """The loss of ``CapsuleEncoder.forward`` while training: the same numbers, by einsums over votes."""
+    """The loss of ``CapsuleEncoder.forward`` while training, without views and sharpness: the same by einsums."""
     with torch.no_grad():
         votes = votes_of(x, W)
         coupling = route_by_cosine(votes).transpose(1, 2)

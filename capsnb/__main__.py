@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace) -> None:
     model = _model(options.model)
     train_split = data.load(options.dataset, "train", sample=_sample(options))
     test_split = data.load(options.dataset, "test", sample=_sample(options))
-    measures = evaluate(model, train_split, test_split, seed=options.seed)
+    measures = evaluate(model, train_split, test_split, seed=options.seed, svm=options.svm)
     facts = {"model": str(options.model), "dataset": options.dataset, "seed": options.seed}
     content = facts | {"versions": runs.versions(), "measures": measures}
     for name, value in measures.items():
@@ -149,6 +149,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="mnist", help="a shipped model's name, or a weight file")
     parser.add_argument("--dataset", default="mnist")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--svm", action="store_true", help="also a support vector machine on the poses: takes minutes")
     parser.add_argument("--quick", action="store_true", help="measure on the shipped sample: for checks only")
     parser.add_argument("--seed", type=int, default=0)
 

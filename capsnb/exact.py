@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from capsnb.checks import require_choice, require_shape
 from capsnb.energy import free_energy
@@ -54,7 +55,7 @@ def uniform_in_balls(
     """Independent draws, every capsule uniform in the unit ball, on the device of ``rng``."""
     direction = torch.randn(count, lower, dim, generator=rng, dtype=dtype, device=rng.device)
     length = torch.rand(count, lower, 1, generator=rng, dtype=dtype, device=rng.device) ** (1 / dim)
-    return length * torch.nn.functional.normalize(direction, dim=2)
+    return length * normalize(direction, dim=2)
 
 
 def uniform_points(count: int, lower: int, dim: int, *, rng: torch.Generator) -> Points:
@@ -190,39 +191,49 @@ def hmc(
 
 
 _ROUNDING = 1e-6  # by which a capsule on its sphere may seem longer than 1
-_MOST_REFLECTIONS = 50  # in one step; a path that needs more, sliding along the sphere, is rejected
 
 
 def _propose(x: Tensor, momentum: Tensor, F, step_size: float, leapfrog: int) -> tuple[Tensor, Tensor]:
     """The end of a leapfrog trajectory, and the log of its density with momentum over that of its start."""
-    start = F(x).detach() + momentum.square().sum((1, 2)) / 2
-    arrived = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    momentum = momentum - step_size / 2 * _slope(x, F)
+    value, slope = _value_and_slope(x, F)
+    start = value + momentum.square().sum((1, 2)) / 2
+    momentum = momentum - step_size / 2 * slope
     for done in range(leapfrog):
-        x, momentum, inside = _drift(x, momentum, step_size)
-        arrived = arrived & inside
-        push = step_size if done < leapfrog - 1 else step_size / 2
-        momentum = momentum - push * _slope(x, F)
-    gain = start - F(x).detach() - momentum.square().sum((1, 2)) / 2
-    return x, torch.where(arrived, gain, -torch.inf)
+        x, momentum = _drift(x, momentum, step_size)
+        value, slope = _value_and_slope(x, F)
+        momentum = momentum - (step_size if done < leapfrog - 1 else step_size / 2) * slope
+    return x, start - value - momentum.square().sum((1, 2)) / 2
 
 
-def _slope(x: Tensor, F) -> Tensor:
+def _value_and_slope(x: Tensor, F) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
-    return torch.autograd.grad(F(x).sum(), x)[0]
+    value = F(x)
+    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
 
 
-def _drift(x: Tensor, velocity: Tensor, time: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Every capsule straight on for ``time``, reflected by the unit sphere: place, velocity, whether [B] got there."""
-    left, squared = torch.full_like(x[..., :1], time), velocity.square().sum(2, keepdim=True)
-    for _ in range(_MOST_REFLECTIONS):
-        outward, gap = (x * velocity).sum(2, keepdim=True), 1 - x.square().sum(2, keepdim=True)
-        until_sphere = ((outward.square() + squared * gap).clamp(min=0).sqrt() - outward) / squared
-        step = torch.minimum(left, until_sphere.clamp(min=0))
-        x, left = x + step * velocity, left - step
-        if (left == 0).all():
-            break
-        normal = torch.nn.functional.normalize(x, dim=2)
-        mirrored = velocity - 2 * (velocity * normal).sum(2, keepdim=True) * normal
-        velocity = torch.where(left > 0, mirrored, velocity)
-    return x, velocity, (left == 0).all(2).all(1)
+def _drift(x: Tensor, velocity: Tensor, time: float) -> tuple[Tensor, Tensor]:
+    """Place and velocity of every capsule after ``time`` straight on, reflected by the unit sphere."""
+    speed, heading = torch.linalg.vector_norm(velocity, dim=2, keepdim=True), normalize(velocity, dim=2)
+    outward, gap = (x * heading).sum(2, keepdim=True), (1 - x.square().sum(2, keepdim=True)).clamp(min=0)
+    until_sphere = (outward.square() + gap).sqrt() - outward
+    left = speed * time - until_sphere
+    place, turned = _reflected(normalize(x + until_sphere * heading, dim=2), heading, left)
+    return torch.where(left > 0, place, x + time * velocity), torch.where(left > 0, speed * turned, velocity)
+
+
+def _reflected(hit: Tensor, heading: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
+    """Place and direction after a way of length ``path`` that starts with the reflection at ``hit``.
+
+    Such a way is made of chords of one length in one plane. Each turns the whole picture by the same angle, so all of
+    them are one rotation, however many there are.
+    """
+    slant = (hit * heading).sum(2, keepdim=True).clamp(_GRAZING, 1)  # cosine of the angle with the normal
+    along = normalize(heading - slant * hit, dim=2)
+    chords = (path / (2 * slant)).floor()
+    angle = 2 * chords * slant.asin()
+    place, along = angle.cos() * hit + angle.sin() * along, angle.cos() * along - angle.sin() * hit
+    turned = (1 - slant.square()).sqrt() * along - slant * place
+    return place + (path - 2 * slant * chords) * turned, turned
+
+
+_GRAZING = 1e-6  # a capsule that meets its sphere at a smaller slant is taken to meet it at this one

@@ -72,6 +72,8 @@ class CapsuleEncoder(nn.Module):
 
     def __init__(self, lower: int, lower_dim: int, settings: EncoderSettings = EncoderSettings()):
         super().__init__()
+        if settings.views and not settings.sparsity:
+            raise ValueError("views decide which capsules are left on; give sparsity settings too, or leave views out")
         self.settings = settings
         shape = (lower, settings.capsules, settings.dim, lower_dim)
         self.W = nn.Parameter(settings.initial_deviation * torch.randn(shape))
@@ -79,11 +81,16 @@ class CapsuleEncoder(nn.Module):
         self.sparsity = Sparsity(settings.capsules, sparsity, settings.steps) if sparsity else None
 
     @torch.no_grad()
-    def couplings(self, x: Float[Tensor, "B I e"]) -> Float[Tensor, "B I J"]:
-        """Couplings by agreement; with sparsity, only over the capsules left on."""
+    def couplings(
+        self, x: Float[Tensor, "B I e"], explained: Float[Tensor, "B J"] | None = None
+    ) -> Float[Tensor, "B I J"]:
+        """Couplings by agreement; with sparsity, only over the capsules left on.
+
+        Those are the capsules with the highest scores: of ``explained``, or else of how well each explains ``x``.
+        """
         if self.sparsity is None:
             return self.route(x).coupling
-        explained = explanation(x, self.W)
+        explained = explanation(x, self.W) if explained is None else explained
         mask = self.sparsity.mask(explained)
         if self.training:
             self.sparsity.update(explained)
@@ -102,8 +109,18 @@ class CapsuleEncoder(nn.Module):
         return squash(forward_map(x, self.W, self.couplings(x)))
 
     def forward(self, x: Float[Tensor, "B I e"]) -> Float[Tensor, ""]:
-        """The contrastive divergence of a batch, whose derivative is Algorithm 1's update."""
-        return contrastive_divergence(x, self.W, self.couplings(x))
+        """The contrastive divergence of a batch, whose derivative is Algorithm 1's update.
+
+        With views in the settings the rows are groups of ``views.count`` that show the same thing: one decision for
+        each group, from its mean explanation, and the divergence of its first ``views.learned`` rows.
+        """
+        if (views := self.settings.views) is None:
+            return contrastive_divergence(x, self.W, self.couplings(x))
+        with torch.no_grad():
+            explained = explanation(x, self.W).unflatten(0, (-1, views.count)).mean(1)
+        learned = x.unflatten(0, (-1, views.count))[:, : views.learned].flatten(0, 1)
+        couplings = self.couplings(learned, explained.repeat_interleave(views.learned, dim=0))
+        return contrastive_divergence(learned, self.W, couplings)
 
 
 class CapsuleDecoder(nn.Module):

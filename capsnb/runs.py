@@ -23,6 +23,7 @@ from capsnb.capsules import squash
 from capsnb.model import CapsuleEncoder, ExpertCapsules
 from capsnb.pretrained import save_model
 from capsnb.settings import Settings
+from capsnb.views import Views
 
 try:
     import resource
@@ -82,11 +83,21 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.images)
 
-    @torch.no_grad()
     def __getitem__(self, rows: Tensor) -> Tensor:
+        return self.encode(self.images[rows])
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Stage 1's capsules of any ``images``, in half precision where the hardware has it."""
         device = self.model.poses.mean.device
         with training.autocast(device):
-            return self.model.lower_preactivations(self.images[rows].to(device)).float()
+            return self.model.lower_preactivations(images.to(device)).float()
+
+    @property
+    def lessons(self) -> training.Rows:
+        """What stage 2 learns from: these rows, or groups of views if its settings have views."""
+        views = self.model.settings.encoder.views
+        return Views(self.images, self.encode, views) if views else self
 
     @cached_property
     def upper(self) -> Tensor:
@@ -119,7 +130,7 @@ def _updates(encoded: Encoded, run: Run, stage: int) -> Iterator[training.Step]:
     if stage == 1:
         yield from training.train_autoencoder(model.autoencoder, encoded.images, **options)
     elif stage == 2:
-        yield from training.train_encoder(model.encoder, encoded, **options)
+        yield from training.train_encoder(model.encoder, encoded.lessons, **options)
     else:
         yield from training.train_decoder(model.decoder, encoded.upper, encoded, **options)
 

@@ -1,8 +1,8 @@
 """Which upper capsules may fire: how well each explains the image, rank mask, boosting.
 
 Rank mask and boosting follow Rawlinson 2018 (their eq. 3 and section 2.3), the mask that grows sharper the neural gas
-of Martinetz 1991. Ranking by what a capsule alone sends back, and sharing the couplings out again among the capsules
-left on, are ours.
+of Martinetz 1991, the conscience that of DeSieno 1988. Ranking by what a capsule alone sends back, and sharing the
+couplings out again among the capsules left on, are ours.
 """
 
 import torch
@@ -55,15 +55,15 @@ class Sparsity(nn.Module):
         self.register_buffer("updates", torch.zeros(()))
 
     def mask(self, explanation: Float[Tensor, "B J"]) -> Float[Tensor, "B J"]:
-        """While training the rank mask of the score; afterwards 1 for those that explain most, without any boost."""
+        """While training the rank mask of the score; afterwards 1 for those that explain most, whatever they won."""
         if self.training:
             return rank_mask(self.score(explanation), self.gamma, self.settings.cut)
         on = explanation.topk(self.settings.on_after_training, dim=1).indices
         return torch.zeros_like(explanation).scatter(1, on, 1.0)
 
     def score(self, explanation: Float[Tensor, "B J"]) -> Float[Tensor, "B J"]:
-        """What capsules are ranked by while training: the explanation plus the boost."""
-        return explanation + self.boost
+        """What capsules are ranked by while training: explanation, boost, and the conscience of frequent winners."""
+        return explanation + self.boost - self.settings.conscience * (len(self.share) * self.share - 1)
 
     @property
     def gamma(self) -> float:

@@ -7,7 +7,7 @@ Everything drawn at a step depends on the seed and the step's number alone, so a
 from its checkpoint ends with the same weights as one that was not.
 
 Several processes (see capsnb.distributed) share the rows of every batch and make the updates that one process would
-make of them. Only the dropout differs: each process draws its own for its part, so that no two images share a mask.
+make of them. Only dropout and views differ: each process draws its own for its part of the batch.
 """
 
 import time
@@ -19,8 +19,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from capsnb import checkpoints, distributed
+from capsnb import checkpoints, distributed, subspaces
 from capsnb.capsules import squash
 from capsnb.checks import require_choice, require_images
 from capsnb.model import CapsuleDecoder, CapsuleEncoder, ConvAutoencoder
@@ -48,7 +49,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How a module is minimised."""
 
     optimiser: torch.optim.Optimizer
@@ -67,18 +68,46 @@ def train_autoencoder(
     settings = autoencoder.settings
     optimiser = torch.optim.Adam(autoencoder.parameters(), settings.learning_rate)
     steps = max(1, round(settings.epochs * len(images) / settings.batch))
-    plan = _Plan(optimiser, settings.learning_rate, steps, settings.batch, warmup=100, autocast=True)
-    yield from _minimise(autoencoder, (images,), plan, seed=seed, checkpoint=checkpoint)
+    plan = Plan(optimiser, settings.learning_rate, steps, settings.batch, warmup=100, autocast=True)
+    yield from minimise(autoencoder, (images,), plan, seed=seed, checkpoint=checkpoint)
     autoencoder.centre()
 
 
 def train_encoder(
     encoder: CapsuleEncoder, z_lower: Rows, *, seed: int, checkpoint: Path | None = None
 ) -> Iterator[Step]:
-    """Stage 2: Algorithm 1 on lower capsules x = squash(``z_lower``), with the optimiser of the encoder's settings."""
+    """Stage 2: Algorithm 1 on lower capsules x = squash(``z_lower``), with the optimiser of the encoder's settings.
+
+    If these have views, ``z_lower`` must be a capsnb.views.Views, or its like: rows of it are groups of views. If they
+    have a start, W is replaced by it before the first update.
+    """
     settings = encoder.settings
-    plan = _Plan(_optimiser(encoder, settings), settings.learning_rate, settings.steps, settings.batch, 50, False)
-    yield from _minimise(encoder, (z_lower,), plan, seed=seed, checkpoint=checkpoint, prepare=squash)
+    if settings.start and not (checkpoint and checkpoint.exists()):
+        start_from_subspaces(encoder, z_lower, seed=seed)
+    batch = settings.batch // settings.views.learned if settings.views else settings.batch
+    plan = Plan(_optimiser(encoder, settings), settings.learning_rate, settings.steps, batch, 50, False)
+    yield from minimise(encoder, (z_lower,), plan, seed=seed, checkpoint=checkpoint, prepare=squash)
+
+
+@torch.no_grad()
+def start_from_subspaces(encoder: CapsuleEncoder, groups: Rows, *, seed: int) -> None:
+    """Set W to the principal subspaces of the clusters that k-subspaces finds among some ``groups`` of lower capsules.
+
+    Lower capsules are squashed, reduced to their principal directions and brought to length 1. Without views in the
+    settings every row is a group of its own.
+    """
+    settings, start = encoder.settings, encoder.settings.start
+    parts = batch_rows(len(groups), min(start.groups, len(groups)), 0, seed).split(50)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        some = torch.cat([squash(groups[part]).flatten(1).cpu() for part in parts[:10]])
+        directions = subspaces.principal_directions(some, start.components)
+        codes = [F.normalize(squash(groups[part]).flatten(1).cpu() @ directions, dim=1) for part in parts]
+    vectors = torch.cat(codes).unflatten(0, (-1, settings.views.count if settings.views else 1))
+    options = {"clusters": settings.capsules, "dim": settings.dim, "tries": start.tries, "sweeps": start.sweeps}
+    bases = subspaces.k_subspaces(vectors, **options, seed=seed).bases @ directions.T
+    lower, upper, dim, e = encoder.W.shape
+    encoder.W.copy_(start.length * bases.view(upper, dim, lower, e).permute(2, 0, 1, 3))
 
 
 def train_decoder(
@@ -99,8 +128,8 @@ def train_decoder(
         some = torch.arange(min(1000, len(capsules)))
         yield Step(1, 1, decoder(*(part[some].to(decoder.U) for part in (capsules, z_lower))).item(), 0.0)
         return
-    plan = _Plan(_optimiser(decoder, settings), settings.learning_rate, settings.steps, settings.batch, 50, False)
-    yield from _minimise(decoder, (capsules, z_lower), plan, seed=seed, checkpoint=checkpoint)
+    plan = Plan(_optimiser(decoder, settings), settings.learning_rate, settings.steps, settings.batch, 50, False)
+    yield from minimise(decoder, (capsules, z_lower), plan, seed=seed, checkpoint=checkpoint)
 
 
 @torch.no_grad()
@@ -133,16 +162,19 @@ def _optimiser(module: nn.Module, settings) -> torch.optim.Optimizer:
     return kind(parameters, rate, momentum=settings.momentum, weight_decay=decay)
 
 
-def _minimise(
+def minimise(
     module: nn.Module,
     data: tuple[Rows, ...],
-    plan: _Plan,
+    plan: Plan,
     *,
     seed: int,
     checkpoint: Path | None,
     prepare: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Iterator[Step]:
-    """Minimise ``module(*batch)``; yield after every update; save to and go on from ``checkpoint``."""
+    """Minimise ``module(*batch)``; yield after every update; save to and go on from ``checkpoint``.
+
+    ``prepare`` is applied to every part of a batch. The module's ``settings``, a dataclass, must stay the same.
+    """
     device = next(module.parameters()).device
     facts = {"settings": asdict(module.settings), "seed": seed, "rows": len(data[0])}
     distributed.require_same(**facts)
@@ -154,10 +186,11 @@ def _minimise(
         for group in plan.optimiser.param_groups:
             group["lr"] = rate
         rows = distributed.own_part(batch_rows(len(data[0]), plan.batch, step, seed))
-        batch = [prepare(part[rows].to(device).float()) for part in data]
-        with torch.random.fork_rng(), autocast(device, plan.autocast):
+        with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + step + (distributed.rank() << 24))
-            loss = parallel(*batch)
+            batch = [prepare(part[rows].to(device).float()) for part in data]
+            with autocast(device, plan.autocast):
+                loss = parallel(*batch)
         mean_loss = distributed.mean(loss.detach())  # the same in every process, so that all of them stop or none
         if not mean_loss.isfinite():
             raise ValueError(f"the loss is {mean_loss.item()} at step {step + 1}; lower the learning rate and resume")

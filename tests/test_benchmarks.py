@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from benchmarks import speed, votes
 from capsnb import checkpoints, route, squash
 from capsnb.model import CapsuleEncoder
-from capsnb.settings import PRESETS
 from capsnb.sparsity import explanation
+from experiments.bases import BASES
 
 B, I, J, D, E = 3, 7, 5, 11, 13  # noqa: E741
 
@@ -44,10 +44,10 @@ def test_the_couplings_by_cosine_and_the_explanations_are_the_librarys(layer):
     assert_close(votes.explanation(x, W, stored), explanation(x, W))
 
 
-@pytest.mark.parametrize("preset", ["sparse", "dense"])
-def test_the_update_over_votes_has_the_loss_and_the_gradient_of_the_librarys(preset, layer):
+@pytest.mark.parametrize("name", ["sparse", "dense"])
+def test_the_update_over_votes_has_the_loss_and_the_gradient_of_the_librarys(name, layer):
     torch.manual_seed(3)
-    ours = CapsuleEncoder(I, E, PRESETS[preset].encoder).double().train()
+    ours = CapsuleEncoder(I, E, BASES[name]).double().train()
     theirs, x = copy.deepcopy(ours), layer[0]
     losses = ours(x), votes.stage2_loss(x, theirs.W, theirs.sparsity)
     for loss in losses:

@@ -1,5 +1,6 @@
 """The measures of a trained model."""
 
+import itertools
 import json
 import math
 
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 from capsnb import data, evaluation
 from capsnb.evaluation import (
     activation_measures,
+    assignment_accuracy,
     contingency,
     effective_rank,
     is_negative,
@@ -19,6 +21,7 @@ from capsnb.evaluation import (
     purity,
     sample_measures,
     single_capsule_images,
+    svm_probe,
     winner,
     winner_measures,
 )
@@ -52,12 +55,31 @@ def test_the_purity_of_a_worked_example():
     assert purity(table) == 0.75
 
 
+def test_the_assignment_accuracy_is_the_best_of_all_ways_to_give_every_class_a_group_of_its_own(rng):
+    table = torch.randint(1, 50, (3, 10), generator=rng)
+    ways = itertools.permutations(range(10), 3)
+    best = max(sum(table[group, label].item() for group, label in enumerate(way)) for way in ways)
+    assert assignment_accuracy(table) == pytest.approx(best / table.sum().item())
+    more_groups = torch.zeros(12, 10, dtype=torch.long)
+    more_groups[0, 0], more_groups[1, 0], more_groups[2, 1] = 5, 3, 2
+    assert assignment_accuracy(more_groups) == pytest.approx(0.7)
+
+
+def test_the_svm_probe_separates_what_no_line_separates(rng):
+    """Two classes, one around the other."""
+    capsules = torch.randn(600, 3, 2, generator=rng)
+    labels = (capsules.flatten(1).square().sum(1) > 5).long()
+    assert svm_probe(capsules[:400], labels[:400], capsules[400:], labels[400:]) > 0.9
+    assert linear_probe(capsules[:400], labels[:400], capsules[400:], labels[400:]) < 0.75
+
+
 def test_the_measures_of_the_winner_of_a_worked_example():
     """Of 200 images capsule 0 wins 120, capsule 1 wins 79 and capsule 2 wins 1, fewer than 1%."""
     winners = [0] * 120 + [1] * 79 + [2]
     labels = torch.tensor([4] * 100 + [9] * 20 + [4] * 79 + [6])
     assert winner_measures(capsules_won_by(winners, 5), labels) == {
         "purity": pytest.approx(180 / 200),
+        "assignment_accuracy": pytest.approx(101 / 200),
         "capsules_in_use": 2,
         "classes_covered": 1,
         "winning_share": pytest.approx([0.6, 0.395, 0.005, 0, 0]),

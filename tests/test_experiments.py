@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch.testing import assert_close
 
+import capsnb
 from capsnb import checkpoints, data, squash
 from capsnb.model import CapsuleEncoder
 from capsnb.routing import route_with_agreement
@@ -16,17 +18,19 @@ from capsnb.sampling import one_at_a_time
 from capsnb.settings import PRESETS, EncoderSettings
 from capsnb.training import ridge_regression
 from experiments import over_which_index
-from experiments.over_which_index import (
-    VARIANTS,
+from experiments.bases import BASES
+from experiments.common import (
+    QUICK_STEPS,
+    TABLE,
     Results,
     fitted_layers,
-    main,
     pictures,
     read_out_alone,
     routing_measures,
     top_direction_cosine,
     variance_left,
 )
+from experiments.over_which_index import VARIANTS, main
 
 I, J, D, E = 13, 5, 7, 11  # noqa: E741
 
@@ -34,12 +38,20 @@ I, J, D, E = 13, 5, 7, 11  # noqa: E741
 def test_every_variant_differs_in_one_choice_from_its_base():
     changed = {}
     for name, chosen in VARIANTS.items():
-        base = asdict(PRESETS[name.split("-")[0]].encoder)
+        base = asdict(BASES[name.split("-")[0]])
         changed[name] = {field for field, value in asdict(chosen).items() if value != base[field]}
     assert changed.pop("dense") == changed.pop("sparse") == set()
     assert changed.pop("dense-over-lower-paper-rate") == {"over", "learning_rate"}
     assert VARIANTS["dense-over-lower-paper-rate"] == PRESETS["paper"].encoder
     assert all(len(fields) == 1 for fields in changed.values()) and len(changed) == 10
+
+
+@pytest.mark.parametrize("file", ["over-which-index.json", "over-which-index-seed-1.json"])
+def test_the_shipped_results_are_those_of_the_settings_that_the_experiment_has_now(file):
+    shipped = checkpoints.read_json(Path(capsnb.__file__).parent / "results" / file)["variants"]
+    assert {name: record["settings"] for name, record in shipped.items()} == {
+        name: asdict(VARIANTS[name]) for name in shipped
+    }
 
 
 def test_the_variance_left_by_the_linear_read_out_is_numpys(double):
@@ -152,9 +164,9 @@ def test_a_quick_run_writes_every_measure_and_says_that_it_was_quick(finished):
     assert content["quick"] is True and content["seed"] == 3 and "torch" in content["versions"]
     assert sorted(content["variants"]) == ["dense-inner", "sparse"]
     for name, record in content["variants"].items():
-        assert record["settings"] == asdict(replace(VARIANTS[name], steps=over_which_index.QUICK_STEPS))
+        assert record["settings"] == asdict(replace(VARIANTS[name], steps=QUICK_STEPS))
         assert record["seconds"] > 0 and len(record["measures"]["winning_share"]) == 20
-        assert all(np.isfinite(record["measures"][key]) for key in over_which_index.TABLE)
+        assert all(np.isfinite(record["measures"][key]) for key in TABLE)
         assert 0 < record["measures"]["variance_left"] < 1
 
 
@@ -186,11 +198,12 @@ def test_a_second_run_keeps_what_is_finished_and_adds_the_rest(out, monkeypatch)
 
 
 def test_a_variant_with_other_settings_or_without_its_pictures_is_not_finished(out):
-    results, chosen = Results(out, True, 3), replace(VARIANTS["sparse"], steps=over_which_index.QUICK_STEPS)
-    assert results.holds("sparse", chosen)
-    assert not results.holds("sparse", VARIANTS["sparse"]) and not results.holds("sparse-inner", chosen)
+    results, chosen = Results(out, True, 3), replace(VARIANTS["sparse"], steps=QUICK_STEPS)
+    assert results.holds("sparse", settings=asdict(chosen))
+    assert not results.holds("sparse", settings=asdict(VARIANTS["sparse"]))
+    assert not results.holds("sparse-inner", settings=asdict(chosen))
     out.with_suffix(".safetensors").unlink()
-    assert not Results(out, True, 3).holds("sparse", chosen)
+    assert not Results(out, True, 3).holds("sparse", settings=asdict(chosen))
 
 
 @pytest.mark.parametrize(

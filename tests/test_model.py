@@ -12,7 +12,14 @@ from capsnb import mix, route, squash
 from capsnb.capsules import to_capsules
 from capsnb.energy import eq18_term
 from capsnb.model import CapsuleDecoder, CapsuleEncoder, ConvAutoencoder, ExpertCapsules
-from capsnb.settings import PRESETS, AutoencoderSettings, DecoderSettings, EncoderSettings, SparsitySettings
+from capsnb.settings import (
+    PRESETS,
+    AutoencoderSettings,
+    DecoderSettings,
+    EncoderSettings,
+    SparsitySettings,
+    ViewsSettings,
+)
 from capsnb.sparsity import explanation, share_out
 
 B, I, J, D, E = 3, 13, 5, 7, 11  # noqa: E741
@@ -145,6 +152,24 @@ def test_the_same_with_sparsity_takes_the_shared_out_couplings(double):
     module(x).backward()
     assert_close(-module.W.grad, eq18_term(x, W, coupling) - eq18_term(mix(x, W, coupling).x, W, coupling))
     assert (coupling == 0).any() and (coupling > 0).sum(2).min() > 1
+
+
+def test_with_views_a_group_decides_together_and_its_first_views_are_learned_from(double):
+    """Two groups of five views; the couplings of a view are its own, the capsules left on its group's."""
+    module = encoder(sparsity=SPARSITY, views=ViewsSettings(count=5, learned=3))
+    x, W = squash(double(10, I, E)), module.W.detach()
+    together = torch.stack([explanation(x[:5], W).mean(0), explanation(x[5:], W).mean(0)])
+    mask = module.sparsity.mask(together)
+    learned, on = x[[0, 1, 2, 5, 6, 7]], mask[[0, 0, 0, 1, 1, 1]]
+    coupling = share_out(route(learned, W).coupling, on)
+    module(x).backward()
+    assert_close(-module.W.grad, eq18_term(learned, W, coupling) - eq18_term(mix(learned, W, coupling).x, W, coupling))
+    assert (explanation(x, W).argmax(1) != together.argmax(1).repeat_interleave(5)).any()
+
+
+def test_views_without_sparsity_are_refused():
+    with pytest.raises(ValueError, match="give sparsity settings too, or leave views out"):
+        encoder(views=ViewsSettings())
 
 
 def test_statistics_move_while_training_and_stay_in_evaluation(double):

@@ -128,9 +128,9 @@ def test_the_default_model_reconstructs_digits_within_the_bound(shipped):
     assert (shipped("mnist").reconstruct(images) - images).square().mean() <= 0.03
 
 
-@pytest.mark.parametrize("name, least", [("mnist", 0.65), ("fashion-mnist", 0.53)])
+@pytest.mark.parametrize("name, least", [("mnist", 0.86), ("fashion-mnist", 0.66)])
 def test_the_default_models_sort_the_sample_by_class(name, least, shipped):
-    """The bounds on the whole test set are 0.70 and 0.58; the sample of 1,000 scatters by some hundredths."""
+    """The whole test set has 0.92 and 0.73; the sample of 1,000 scatters by some hundredths."""
     images, labels = data.load(name, "test", sample=True)
     measures = winner_measures(shipped(name).encode(images), labels)
     assert measures["purity"] >= least and measures["capsules_in_use"] >= 17

@@ -49,7 +49,10 @@ def same_but(one, other, *names):
 def test_quick_settings_are_the_same_with_fewer_updates(name):
     full, quick = PRESETS[name], settings.quick(PRESETS[name])
     assert same_but(full.autoencoder, quick.autoencoder, "epochs")
-    assert same_but(full.encoder, quick.encoder, "steps") and quick.encoder.steps < full.encoder.steps
+    assert same_but(full.encoder, quick.encoder, "steps", "start") and quick.encoder.steps < full.encoder.steps
+    if full.encoder.start:
+        assert same_but(full.encoder.start, quick.encoder.start, "groups", "components", "tries")
+        assert quick.encoder.start.groups * quick.encoder.start.tries < full.encoder.start.groups / 10
     assert same_but(full.decoder, quick.decoder, "steps") and quick.decoder.steps < full.decoder.steps
     assert quick.preset == name
     assert quick.autoencoder.epochs * 1000 < full.autoencoder.epochs * 60_000 / 10
@@ -66,9 +69,10 @@ def test_settings_come_back_from_the_json_of_a_weight_file(name):
 @every_preset
 def test_a_weight_file_from_before_a_setting_existed_gets_its_default(name):
     content = asdict(PRESETS[name])
-    del content["encoder"]["agreement"], content["encoder"]["sharpness"]
-    assert settings.from_dict(content) == PRESETS[name]
-    assert (PRESETS[name].encoder.agreement, PRESETS[name].encoder.sharpness) == ("cosine", 1.0)
+    for setting in ("agreement", "sharpness", "views", "start"):
+        del content["encoder"][setting]
+    before = {"agreement": "cosine", "sharpness": 1.0, "views": None, "start": None}
+    assert settings.from_dict(content) == replace(PRESETS[name], encoder=replace(PRESETS[name].encoder, **before))
 
 
 def test_settings_cannot_be_changed_in_place():

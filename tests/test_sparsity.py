@@ -72,7 +72,16 @@ def test_couplings_to_capsules_that_are_all_off_become_zero():
 
 def test_the_score_is_the_explanation_plus_the_boost(sparsity, double):
     explained = double(B, J)
+    sparsity.share[3] = 0.4
     assert_close(sparsity.score(explained), explained + sparsity.boost)
+
+
+def test_the_conscience_takes_from_those_that_win_often_and_gives_to_those_that_win_seldom(double):
+    sparsity, explained = Sparsity(J, replace(SETTINGS, conscience=0.5), STEPS).double(), double(B, J)
+    assert_close(sparsity.score(explained), explained)
+    sparsity.share.copy_(torch.tensor([3.0, 0, 0.5, 1, 1, 1, 0.5]) / J)
+    conscience = torch.tensor([-1.0, 0.5, 0.25, 0, 0, 0, 0.25], dtype=torch.float64)
+    assert_close(sparsity.score(explained), explained + conscience)
 
 
 def test_while_training_the_mask_is_the_rank_mask_of_the_score_sharper_from_step_to_step(sparsity, double):

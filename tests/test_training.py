@@ -10,9 +10,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from capsnb import checkpoints, squash, training
+from capsnb import checkpoints, squash, training, unsquash
 from capsnb.model import CapsuleDecoder, CapsuleEncoder, ConvAutoencoder
-from capsnb.settings import AutoencoderSettings, DecoderSettings, EncoderSettings, SparsitySettings
+from capsnb.settings import (
+    AutoencoderSettings,
+    DecoderSettings,
+    EncoderSettings,
+    SparsitySettings,
+    StartSettings,
+    ViewsSettings,
+)
 
 I, J, D, E = 13, 5, 7, 3  # noqa: E741
 ENCODER = EncoderSettings(capsules=J, dim=D, steps=11, batch=17)
@@ -22,6 +29,20 @@ ENCODER = EncoderSettings(capsules=J, dim=D, steps=11, batch=17)
 def lower(double):
     """Lower capsules before the squash, in the half precision in which runs keep them."""
     return double(101, I, E).half()
+
+
+class Groups:
+    """For every row a group of three, each of them the row with noise from torch's global generator."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, chosen):
+        groups = self.rows[chosen].float().repeat_interleave(3, dim=0)
+        return groups + 0.1 * torch.randn(groups.shape)
 
 
 @pytest.fixture
@@ -54,6 +75,12 @@ def stages(lower, upper, digits):
         module = CapsuleEncoder(I, E, replace(ENCODER, **changes))
         return module, lambda path, seed=0: training.train_encoder(module, lower, seed=seed, checkpoint=path)
 
+    def started():
+        views = ViewsSettings(count=3, learned=1)
+        start = StartSettings(groups=67, components=31, tries=2, sweeps=3)
+        module = CapsuleEncoder(I, E, replace(ENCODER, sparsity=SparsitySettings(), views=views, start=start))
+        return module, lambda path, seed=0: training.train_encoder(module, Groups(lower), seed=seed, checkpoint=path)
+
     def decoder(rule, **changes):
         module = CapsuleDecoder(I, E, ENCODER, DecoderSettings(rule=rule, steps=11, batch=17, **changes))
         return module, lambda path, seed=0: training.train_decoder(module, upper, lower, seed=seed, checkpoint=path)
@@ -63,6 +90,7 @@ def stages(lower, upper, digits):
         "encoder with orthogonal momentum and boosts": lambda: encoder(
             optimiser="orthogonal", sparsity=SparsitySettings(boost_step=0.05)
         ),
+        "encoder with views from a start": started,
         "encoder with Adam": lambda: encoder(optimiser="adam"),
         "encoder with momentum": lambda: encoder(over="lower"),
         "encoder without momentum": lambda: encoder(momentum=0.0),
@@ -74,6 +102,7 @@ def stages(lower, upper, digits):
 KINDS = (
     "autoencoder with Adam, dropout and autocast",
     "encoder with orthogonal momentum and boosts",
+    "encoder with views from a start",
     "encoder with Adam",
     "encoder with momentum",
     "encoder without momentum",
@@ -96,6 +125,20 @@ def finish(steps):
 @pytest.fixture
 def save_at_every_step(monkeypatch):
     monkeypatch.setattr(training, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+
+
+def test_the_start_is_what_k_subspaces_finds_in_reduced_groups_of_length_1(double):
+    """One tight cluster for every capsule: its rows of W span the cluster's subspace, at the length of the settings."""
+    planes = torch.linalg.qr(double(J, I * E, 2))[0].mT.float()
+    weights = torch.tensor([1.0, 0.3]) + 0.2 * double(J, 40, 2).float()
+    x = 0.2 * torch.nn.functional.normalize((weights @ planes), dim=2).flatten(0, 1).unflatten(1, (I, E))
+    start = StartSettings(groups=200, components=10, tries=9, sweeps=9, length=3.0)
+    module = CapsuleEncoder(I, E, replace(ENCODER, dim=2, start=start))
+    training.start_from_subspaces(module, unsquash(x), seed=1)
+    rows = module.W.detach().permute(1, 2, 0, 3).flatten(2)
+    assert_close(rows @ rows.mT, 9 * torch.eye(2).expand(J, 2, 2), rtol=0, atol=1e-4)
+    same = torch.stack([torch.linalg.svdvals(rows / 3 @ plane.T).amin(1) for plane in planes])
+    assert (same.amax(1) > 0.999).all() and sorted(same.argmax(1).tolist()) == list(range(J))
 
 
 @every_kind

@@ -2,7 +2,7 @@
 
     python tools/draw_readme_picture.py
 
-Each column is one capsule with all others zero; the poses are drawn from a Gaussian fitted to its training poses, and
+Each column is one capsule with all others zero; the poses are drawn from the mixture fitted to its training poses, and
 nothing is picked. Writes book/_static/capsules.png.
 """
 

@@ -2,18 +2,24 @@
 
 Axes: visible units i (V of them), hidden units j (H of them), all of them 0 or 1. The conditionals are those that
 follow from eq. 1; the paper prints them with slips in indices and signs.
+
+    python -m capsnb.baselines.rbm --out capsnb/weights/rbm.safetensors     trains the one that ships, in minutes
 """
 
+import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
+from tqdm.auto import tqdm
 
-from capsnb.checks import require_shape
+from capsnb import checkpoints, data, runs
+from capsnb.checks import require_images, require_shape
 from capsnb.training import Step
 
 _MOST_UNITS = 16  # with 784 units in the other layer, a term for every state and unit takes 200 MB
@@ -36,6 +42,19 @@ class RBMSettings:
     learning_rate: float = 0.05  # decayed linearly to 0
     weight_decay: float = 1e-4  # on w only
     persistent: bool = False  # True: one Gibbs step an update of chains that are never restarted; False: CD-1
+
+
+SHIPPED = RBMSettings(epochs=50, persistent=True)  # the size and kind of those in Salakhutdinov2008
+SHIPPED_HIDDEN = 500
+
+
+def binarise(images: Float[Tensor, "B 1 28 28"], *, rng: torch.Generator) -> Float[Tensor, "B 784"]:
+    """Every pixel 1 with its grey value as the probability, else 0.  Salakhutdinov2008.
+
+    Raises ValueError for images outside [0, 1] or of another shape.
+    """
+    require_images(images)
+    return torch.bernoulli(images.flatten(1), generator=rng)
 
 
 def new_rbm(v: Float[Tensor, "N V"], hidden: int, *, rng: torch.Generator, deviation: float = 0.01) -> RBM:
@@ -173,3 +192,39 @@ def _smaller_visible(rbm: RBM) -> RBM:
 
 def _states_of(rbm: RBM) -> Tensor:
     return all_states(len(rbm.b)).to(rbm.w)
+
+
+def save_rbm(rbm: RBM, path: Path, **facts) -> None:
+    """Write ``rbm`` to ``path`` in half precision, with ``facts`` (seed, settings ...) inside."""
+    checkpoints.write(path, {name: part.half() for name, part in rbm._asdict().items()}, **facts)
+
+
+def load_rbm(path: Path | str) -> RBM:
+    """The RBM that ``save_rbm`` wrote to ``path``, in single precision.
+
+    Raises FileNotFoundError, or ValueError for another file.
+    """
+    tensors, _ = checkpoints.read(Path(path))
+    if set(tensors) != set(RBM._fields):
+        raise ValueError(f"{path} holds no RBM; make one with `python -m capsnb.baselines.rbm --out FILE`")
+    return RBM(**{name: value.float() for name, value in tensors.items()})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train an RBM on binarised MNIST and write it."""
+    parser = argparse.ArgumentParser(prog="python -m capsnb.baselines.rbm", description="Train an RBM on MNIST.")
+    parser.add_argument("--out", type=Path, required=True, help="weight file to write")
+    parser.add_argument("--epochs", type=int, default=SHIPPED.epochs, help="passes over the training images")
+    parser.add_argument("--seed", type=int, default=0, help="of the binary images, the first weights and the chains")
+    parser.add_argument("--quick", action="store_true", help="the shipped sample of 1,000 images: only for checks")
+    options = parser.parse_args(arguments)
+    rng, settings = torch.Generator().manual_seed(options.seed), replace(SHIPPED, epochs=options.epochs)
+    v = binarise(data.load("mnist", "train", sample=options.quick)[0], rng=rng)
+    rbm = new_rbm(v, SHIPPED_HIDDEN, rng=rng)
+    for _ in tqdm(train_rbm(rbm, v, settings, rng=rng), total=settings.epochs * -(-len(v) // settings.batch)):
+        pass
+    save_rbm(rbm, options.out, settings=asdict(settings), seed=options.seed, images=len(v), versions=runs.versions())
+
+
+if __name__ == "__main__":
+    main()

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from capsnb import checkpoints, data, pretrained
 from capsnb.baselines.rbm import (
     RBM,
     RBMSettings,
     all_states,
     ascend,
+    binarise,
     cd_gradient,
     energy,
     eq2_term,
@@ -19,10 +21,13 @@ from capsnb.baselines.rbm import (
     free_energy,
     gibbs_step,
     hidden_probability,
+    load_rbm,
     log_likelihood,
     log_z,
+    main,
     model_term,
     new_rbm,
+    save_rbm,
     train_rbm,
     visible_probability,
 )
@@ -40,7 +45,7 @@ def tiny(visible=V, hidden=H, seed=0):
     return RBM(*draw)
 
 
-def data(seed=1):
+def images(seed=1):
     return torch.bernoulli(torch.full((BATCH, V), 0.4), generator=generator(seed)).double()
 
 
@@ -105,8 +110,8 @@ def test_the_conditionals_are_those_of_the_enumerated_joint():
 
 def test_the_first_term_of_eq_2_is_minus_the_derivative_of_the_free_energy():
     rbm = RBM(*(part.requires_grad_() for part in tiny()))
-    gradient = torch.autograd.grad(-free_energy(rbm, data()).mean(), rbm)
-    assert_close(flat(eq2_term(rbm, data())), flat(gradient))
+    gradient = torch.autograd.grad(-free_energy(rbm, images()).mean(), rbm)
+    assert_close(flat(eq2_term(rbm, images())), flat(gradient))
 
 
 @pytest.mark.parametrize("visible, hidden", [(5, 3), (3, 5)])
@@ -116,7 +121,7 @@ def test_the_model_term_is_the_derivative_of_log_z(visible, hidden):
 
 
 def test_the_exact_gradient_agrees_with_finite_differences_of_the_exact_log_likelihood():
-    rbm, v, step = tiny(), data(), 1e-6
+    rbm, v, step = tiny(), images(), 1e-6
     point = flat(rbm)
     slopes = torch.zeros_like(point)
     for k in range(len(point)):
@@ -128,7 +133,7 @@ def test_the_exact_gradient_agrees_with_finite_differences_of_the_exact_log_like
 
 
 def test_the_exact_likelihood_rises_at_every_step_along_the_exact_gradient():
-    rbm, v = tiny(), data()
+    rbm, v = tiny(), images()
     values = []
     for _ in range(50):
         values.append(log_likelihood(rbm, v).mean().item())
@@ -138,7 +143,7 @@ def test_the_exact_likelihood_rises_at_every_step_along_the_exact_gradient():
 
 
 def test_the_exact_likelihood_of_the_data_rises_while_contrastive_divergence_trains():
-    v = data().repeat(20, 1)
+    v = images().repeat(20, 1)
     rbm = new_rbm(v, H, rng=generator(), deviation=0.5)
     before = log_likelihood(rbm, v).mean()
     losses = [
@@ -159,12 +164,12 @@ def test_long_gibbs_chains_visit_states_as_often_as_the_exact_distribution_says(
 
 
 def test_contrastive_divergence_with_many_steps_approaches_the_exact_gradient():
-    rbm, v, rng = tiny(), data(), generator(4)
+    rbm, v, rng = tiny(), images(), generator(4)
     estimate = cd_gradient(rbm, v.repeat(6_000, 1), rng=rng, steps=50)
     assert_close(flat(estimate), flat(exact_gradient(rbm, v)), atol=0.01, rtol=0)
 
 
-def test_persistent_chains_go_on_where_they_were_and_the_others_start_at_the_data():
+def test_persistent_chains_go_on_where_they_were_and_the_others_start_at_the_images():
     copies = RBM(*(torch.full(size, value).double() for size, value in (((1, 1), 2e3), ((1,), -1e3), ((1,), -1e3))))
     zero_then_one = torch.tensor([[0.0], [1.0]]).double()
 
@@ -178,29 +183,29 @@ def test_persistent_chains_go_on_where_they_were_and_the_others_start_at_the_dat
     assert moved(persistent=True) > 0.01  # the chain that began at the zero is still there
 
 
-def test_an_untrained_rbm_without_weights_has_every_unit_on_as_often_as_the_data():
-    rbm = new_rbm(data(), H, rng=generator(), deviation=0.0)
-    assert_close(model_term(rbm).b, data().mean(0).clamp(0.01, 0.99))
+def test_an_untrained_rbm_without_weights_has_every_unit_on_as_often_as_the_images():
+    rbm = new_rbm(images(), H, rng=generator(), deviation=0.0)
+    assert_close(model_term(rbm).b, images().mean(0).clamp(0.01, 0.99))
 
 
 def test_the_same_generator_state_gives_the_same_training():
     def trained():
-        rbm = new_rbm(data(), H, rng=generator(5))
-        list(train_rbm(rbm, data(), RBMSettings(epochs=3, batch=2), rng=generator(6)))
+        rbm = new_rbm(images(), H, rng=generator(5))
+        list(train_rbm(rbm, images(), RBMSettings(epochs=3, batch=2), rng=generator(6)))
         return flat(rbm)
 
     assert_close(trained(), trained(), atol=0, rtol=0)
 
 
 def test_training_yields_every_update_the_short_last_batch_included():
-    rbm = new_rbm(data(), H, rng=generator())
-    steps = list(train_rbm(rbm, data(), RBMSettings(epochs=3, batch=2), rng=generator()))
+    rbm = new_rbm(images(), H, rng=generator())
+    steps = list(train_rbm(rbm, images(), RBMSettings(epochs=3, batch=2), rng=generator()))
     assert [step.step for step in steps] == list(range(1, 13))
     assert {step.steps for step in steps} == {12}
 
 
 def test_weight_decay_shrinks_the_weights_and_leaves_the_biases_alone():
-    v = data()
+    v = images()
 
     def trained(decay):
         rbm = new_rbm(v, H, rng=generator(7), deviation=1.0)
@@ -216,6 +221,45 @@ def test_what_cannot_be_enumerated_or_trained_is_refused():
     with pytest.raises(ValueError, match="at most 16"):
         log_z(tiny(23, 29))
     with pytest.raises(ValueError, match="at least 1"):
-        cd_gradient(tiny(), data(), rng=generator(), steps=0)
+        cd_gradient(tiny(), images(), rng=generator(), steps=0)
     with pytest.raises(ValueError, match="visible units"):
         next(train_rbm(tiny(), torch.zeros(2, V + 1), rng=generator()))
+
+
+def test_binary_images_have_pixels_on_as_often_as_the_grey_value_says():
+    grey = torch.rand(1, 1, 28, 28, generator=generator()).expand(5_003, -1, -1, -1)
+    v = binarise(grey, rng=generator(1))
+    assert ((v == 0) | (v == 1)).all()
+    error = (v.mean(0) - grey[0].flatten()) / (grey[0].flatten() * (1 - grey[0].flatten()) / len(v)).sqrt()
+    assert error.abs().max() < 4.5 and 0.8 < error.std() < 1.2  # in standard errors, of 784 pixels
+
+
+def test_a_written_rbm_is_read_back_in_half_precision_with_its_facts(tmp_path):
+    rbm = tiny()
+    save_rbm(rbm, tmp_path / "rbm", seed=3)
+    for found, written in zip(load_rbm(tmp_path / "rbm"), rbm):
+        assert_close(found, written.half().float(), rtol=0, atol=0)
+    assert checkpoints.read(tmp_path / "rbm")[1] == {"seed": 3}
+
+
+def test_weights_of_something_else_are_refused(tmp_path):
+    checkpoints.write(tmp_path / "other", {"w": torch.ones(2, 3)})
+    with pytest.raises(ValueError, match="holds no RBM; make one with"):
+        load_rbm(tmp_path / "other")
+
+
+def test_the_command_trains_an_rbm_under_which_digits_are_likelier_than_noise(tmp_path):
+    main(["--quick", "--epochs", "2", "--seed", "3", "--out", str(tmp_path / "rbm")])
+    rbm, facts = load_rbm(tmp_path / "rbm"), checkpoints.read(tmp_path / "rbm")[1]
+    assert rbm.w.shape == (784, 500) and facts["images"] == 1_000 and facts["settings"]["persistent"]
+    digits = binarise(data.load("mnist", "test", sample=True)[0], rng=generator())
+    noise = digits[:, torch.randperm(784, generator=generator())]
+    assert (free_energy(rbm, noise) - free_energy(rbm, digits)).mean() > 100
+
+
+def test_the_shipped_rbm_gives_digits_far_more_probability_than_noise_as_dense():
+    rbm = load_rbm(pretrained.WEIGHTS / "rbm.safetensors")
+    digits = binarise(data.load("mnist", "test", sample=True)[0], rng=generator())
+    noise = digits[:, torch.randperm(784, generator=generator())]
+    assert rbm.w.shape == (784, 500)
+    assert (free_energy(rbm, noise) - free_energy(rbm, digits)).mean() > 200

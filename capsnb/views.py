@@ -1,0 +1,68 @@
+"""Seeing the same thing again: an image and its nearest like, each a little deformed.
+
+Nothing here knows a label. That what is seen twice in a row is the same thing is the trace rule of Foldiak 1991; that
+an image and its nearest neighbours belong to one group is the assumption of Van Gansbeke 2020.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor
+from torch.nn import functional as F
+
+from capsnb.settings import ViewsSettings
+
+
+class Views:
+    """Groups of views of ``images``: rows [B * count, I, e] for the numbers of B images, one group after another.
+
+    The first view of a group shows the image itself, every other one the image or one of its neighbours, drawn evenly;
+    all are deformed. What is drawn comes from torch's global generator, which training seeds anew for every update.
+    """
+
+    def __init__(self, images: Float[Tensor, "N 1 28 28"], encode: Callable[[Tensor], Tensor], settings: ViewsSettings):
+        self.images, self.encode, self.settings = images, encode, settings
+        self.near = neighbours(images, settings.neighbours)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: Int[Tensor, "B"]) -> Float[Tensor, "BV I e"]:
+        rng = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        choice = torch.randint(self.near.shape[1], (len(rows), self.settings.count), generator=rng)
+        choice[:, 0] = 0
+        shown = self.near[rows].gather(1, choice).flatten()
+        return self.encode(deform(self.images[shown], self.settings, rng=rng))
+
+
+def neighbours(images: Float[Tensor, "N 1 28 28"], count: int) -> Int[Tensor, "N n"]:
+    """For every image its own number, then those of its ``count`` nearest by the angle between images of half the size.
+
+    Fewer where there are not so many images.
+    """
+    halved = F.normalize(F.avg_pool2d(images, 2).flatten(1), dim=1).numpy()
+    count = min(count + 1, len(images))
+    near = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(halved).kneighbors(halved, return_distance=False)
+    near[:, 0] = range(len(images))  # itself, except where several images are equal
+    return torch.as_tensor(near)
+
+
+def deform(
+    images: Float[Tensor, "B 1 h w"], settings: ViewsSettings, *, rng: torch.Generator
+) -> Float[Tensor, "B 1 h w"]:
+    """Every image under an affine map of its own, drawn evenly within the limits of the settings; zeros come in."""
+
+    def within(limit: float) -> Tensor:
+        return limit * (2 * torch.rand(len(images), generator=rng) - 1)
+
+    angle, shear = math.radians(1) * within(settings.rotation), within(settings.shear)
+    across, down = 1 + within(settings.scale), 1 + within(settings.scale)
+    move = [within(settings.shift) * 2 / images.shape[axis] for axis in (3, 2)]
+    cos, sin = angle.cos(), angle.sin()
+    top = torch.stack([cos * across, cos * shear - sin * down, move[0]], dim=1)
+    bottom = torch.stack([sin * across, sin * shear + cos * down, move[1]], dim=1)
+    grid = F.affine_grid(torch.stack([top, bottom], dim=1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)

@@ -1,0 +1,221 @@
+"""What the experiments on stage 2 share: how a trained variant is measured and pictured, and the files of results.
+
+Everything is measured on the test images. The pictures, [.., 28, 28] of 8 bits, are decoded by linear read-outs of the
+poses, made in the same way for sparse and dense variants: reconstructions from all capsules together, samples from the
+one that is on.
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from capsnb import checkpoints, data, runs, squash
+from capsnb.evaluation import CLASSES, activation_measures, effective_rank, linear_probe, winner_measures
+from capsnb.model import CapsuleEncoder, ExpertCapsules
+from capsnb.sampling import Poses, one_at_a_time
+from capsnb.settings import DecoderSettings
+from capsnb.training import ridge_regression, train_encoder
+
+ROWS = 4  # samples of every capsule
+ALONE = 10_000  # training images for the read-outs of single capsules
+QUICK_STEPS = 5
+TABLE = {
+    "capsules_in_use": "in use",
+    "purity": "purity",
+    "effective_rank": "rank",
+    "top_direction_cosine": "cosine",
+    "routing_agreement": "agreement",
+    "coupling_entropy": "entropy",
+    "activation_mean": "activation",
+    "linear_probe": "probe",
+    "variance_left": "var. left",
+}
+
+
+class Split(NamedTuple):
+    """A split of the data set, and stage 1's capsules of it before the squash: once for all variants, in 16 bits."""
+
+    images: Float[Tensor, "N 1 28 28"]
+    labels: Int[Tensor, "N"]
+    lower: Float[Tensor, "N I e"]
+
+
+def top_direction_cosine(W: Float[Tensor, "I J d e"]) -> float:
+    """How alike the experts are: the mean |cosine| between the strongest directions of any two upper capsules.
+
+    A capsule's strongest direction is the lower layer, as one vector of I·e numbers, that gives the longest z_j for its
+    length when all couplings are equal: the first right singular vector of its [d, I·e] matrix.
+    """
+    top = torch.linalg.svd(W.permute(1, 2, 0, 3).flatten(2), full_matrices=False).Vh[:, 0]
+    first, second = torch.triu_indices(len(top), len(top), offset=1)
+    return (top @ top.T)[first, second].abs().mean().item()
+
+
+def variance_left(
+    read_out: Float[Tensor, "n m"], code: Float[Tensor, "N n"], target: Float[Tensor, "N m"]
+) -> float:
+    """The squared error of ``code @ read_out``, as a share of the variance of ``target`` about its mean over images."""
+    error = variance = torch.zeros(())
+    mean = target.to(code).mean(0)
+    for c, t in zip(code.split(1000), target.split(1000)):
+        error = error + (c @ read_out - t).square().sum()
+        variance = variance + (t - mean).square().sum()
+    return (error / variance).item()
+
+
+def routing_measures(encoder: CapsuleEncoder, lower: Float[Tensor, "N I e"]) -> dict[str, float]:
+    """Of the routing before any capsule is turned off: how well the votes agree, and the entropy of the couplings.
+
+    Agreement is the mean resultant length of the votes, a mean over capsules and images. The entropy is that of the
+    couplings that sum to 1, a mean over these sums and images, as a share of the largest possible: 1 is no preference.
+    """
+    axis, agreement, entropy = {"upper": 2, "lower": 1}[encoder.settings.over], 0.0, 0.0
+    for part in lower.split(250):
+        state = encoder.route(squash(part.float()))
+        agreement += state.agreement.mean(1).sum().item()
+        entropy += torch.special.entr(state.coupling).sum(axis).mean(1).sum().item()
+    most = torch.tensor(float(state.coupling.shape[axis])).log().item()
+    return {"routing_agreement": agreement / len(lower), "coupling_entropy": entropy / most / len(lower)}
+
+
+def fitted_layers(codes: Float[Tensor, "N J d"], rows: int, *, rng: torch.Generator) -> Float[Tensor, "rows J J d"]:
+    """Layers with one capsule on: poses from the Gaussian fitted to its poses in the images it wins, at their length.
+
+    Their length is the root of the mean squared length of those poses. A capsule that wins no image stays zero.
+    """
+    poses = Poses(*codes.shape[1:])
+    poses.fit(codes)
+    length = (poses.mean.square() + poses.covariance.diagonal(dim1=1, dim2=2)).sum(1, keepdim=True).sqrt()
+    values, vectors = torch.linalg.eigh(poses.covariance)
+    noise = torch.randn(rows, *poses.mean.shape, generator=rng) * values.clamp(min=0).sqrt()
+    drawn = poses.mean + torch.einsum("jde,bje->bjd", vectors, noise)
+    return one_at_a_time(length * F.normalize(drawn, dim=2))
+
+
+def read_out_alone(codes: Float[Tensor, "N J d"], lower: Float[Tensor, "N I e"]) -> Float[Tensor, "n m"]:
+    """What every capsule can say of the lower ones without the others, as one read-out for layers with one capsule on.
+
+    Where one capsule is on for every image this is the joint read-out. A capsule that is never on says nothing.
+    """
+    nothing = codes.new_zeros(codes.shape[2], lower[0].numel())
+    solved = [
+        ridge_regression(pose, lower, ridge=DecoderSettings().ridge) if pose.any() else nothing
+        for pose in codes.unbind(1)
+    ]
+    return torch.cat(solved)
+
+
+def pictures(
+    model: ExpertCapsules, read_out: Float[Tensor, "n m"], layers: Float[Tensor, "*axes J d"]
+) -> Float[Tensor, "*axes 28 28"]:
+    """Upper ``layers`` decoded by the linear ``read_out`` and the autoencoder, as 8-bit images."""
+    axes, (lower, *_, dim) = layers.shape[:-2], model.encoder.W.shape
+    z = layers.flatten(-2).flatten(0, -2) @ read_out
+    with torch.no_grad():
+        return as_bytes(model.image(z.view(-1, lower, dim))).view(*axes, 28, 28)
+
+
+def as_bytes(images: Float[Tensor, "N 1 28 28"]) -> Tensor:
+    """Images in [0, 1] as numbers from 0 to 255."""
+    return (255 * images[:, 0]).round().to(torch.uint8)
+
+
+def one_of_each_class(labels: Int[Tensor, "N"]) -> list[int]:
+    """The row of the first image of every class."""
+    return [labels.tolist().index(label) for label in range(CLASSES)]
+
+
+def fit(name: str, model: ExpertCapsules, lower: Tensor, seed: int) -> ExpertCapsules:
+    """``model`` with its encoder trained on the ``lower`` capsules, as in ``runs``; shows a bar with the ``name``."""
+    updates = train_encoder(model.encoder, lower, seed=seed)
+    for _ in tqdm(updates, desc=name, total=model.encoder.settings.steps, leave=False, mininterval=1.0):
+        pass
+    return model.eval()
+
+
+def measure(
+    model: ExpertCapsules, train_split: Split, test: Split, seed: int
+) -> tuple[dict[str, float | list], dict[str, Tensor]]:
+    """All measures of a trained variant, and its pictures: samples of every capsule, and reconstructions."""
+    codes, test_codes = (runs.upper_capsules(model.encoder, split.lower) for split in (train_split, test))
+    read_out = ridge_regression(codes.flatten(1), train_split.lower, ridge=DecoderSettings().ridge)
+    alone = fitted_layers(codes, ROWS, rng=torch.Generator().manual_seed(seed))
+    shown = {
+        "": (read_out_alone(codes[:ALONE], train_split.lower[:ALONE]), alone),
+        "/reconstruction": (read_out, test_codes[one_of_each_class(test.labels)]),
+    }
+    measures = {
+        **winner_measures(test_codes, test.labels),
+        **activation_measures(test_codes),
+        **routing_measures(model.encoder, test.lower),
+        "effective_rank": effective_rank(model.encoder.W.detach()),
+        "top_direction_cosine": top_direction_cosine(model.encoder.W.detach()),
+        "linear_probe": linear_probe(codes, train_split.labels, test_codes, test.labels),
+        "variance_left": variance_left(read_out, test_codes.flatten(1), test.lower.flatten(1)),
+    }
+    return measures, {end: pictures(model, matrix, layers) for end, (matrix, layers) in shown.items()}
+
+
+class Results:
+    """The two files of results: what they hold, and what is added."""
+
+    def __init__(self, out: Path, quick: bool, seed: int):
+        self.json, self.tensors = out, out.with_suffix(".safetensors")
+        self.quick, self.seed = quick, seed
+        facts = {"quick": quick, "seed": seed}
+        self.content = checkpoints.read_json(out) if out.exists() else {**facts, "variants": {}}
+        self.pictures = checkpoints.read(self.tensors)[0] if self.tensors.exists() else {}
+        for name, value in facts.items():
+            if self.content[name] != value:
+                raise ValueError(f"{out} was made with {name} {self.content[name]}, not {value}; choose another --out")
+
+    def holds(self, name: str, **facts) -> bool:
+        """Whether the variant is finished, with the facts (settings ...) that it would have now."""
+        record = self.content["variants"].get(name, {})
+        return name in self.pictures and all(record.get(key) == value for key, value in facts.items())
+
+    def add(self, name: str, record: dict, images: dict[str, Tensor]) -> None:
+        """Write a finished variant; the pictures first, so that measures never stand without them."""
+        self.pictures |= images
+        self.content["variants"][name] = record
+        self.content["versions"] = runs.versions()
+        checkpoints.write(self.tensors, self.pictures)
+        checkpoints.write_json(self.json, self.content)
+
+
+def show_titles() -> None:
+    """The head of the table."""
+    print(f"{'':28s}{''.join(f'{title:>11s}' for title in TABLE.values())}  seconds", flush=True)
+
+
+def show(name: str, record: dict) -> None:
+    """One line of the table."""
+    numbers = "".join(f"{record['measures'][key]:11.3g}" for key in TABLE)
+    print(f"{name:28s}{numbers}{record['seconds']:9.0f}", flush=True)
+
+
+def encoded(stage1: ExpertCapsules, split: str, quick: bool) -> Split:
+    """A split of MNIST; quick runs take the shipped sample, others never do."""
+    images, labels = data.load("mnist", split, sample=quick)
+    rows = runs.Encoded(stage1, images)
+    return Split(images, labels, torch.cat([rows[part].half() for part in torch.arange(len(images)).split(500)]))
+
+
+def command_line(doc: str, names: list[str], arguments: list[str] | None) -> tuple[Results, list[str]]:
+    """The files of results and the chosen ``names``, from the arguments that all experiments take."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to go on with")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of: {', '.join(names)}")
+    parser.add_argument("--quick", action="store_true", help="few updates on the shipped sample: for checks only")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    try:
+        return Results(options.out, options.quick, options.seed), options.only or names
+    except ValueError as error:
+        parser.error(str(error))

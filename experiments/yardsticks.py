@@ -1,0 +1,123 @@
+"""Train what the samples are judged by: the classifier whose features are compared, and the VAE they must stand beside.
+
+    python -m experiments.yardsticks classifier --out capsnb/weights/classifier-mnist.safetensors
+    python -m experiments.yardsticks vae --out capsnb/weights/vae-mnist.safetensors
+    python -m experiments.yardsticks vae --quick --out FILE      few updates on the shipped sample: only for checks
+
+Both learn from the 60,000 training images of MNIST, the classifier from their labels too. The seed (--seed) draws the
+first weights and everything later. Beside the weights, in 16 bits, a file NAME.metrics.json holds settings, seconds,
+the curve, and what the finished network, in 16 bits, measures on the 10,000 test images. An interrupted run goes on
+from NAME.checkpoint.safetensors when the command is given again.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from capsnb import checkpoints, data, runs
+from capsnb.baselines.vae import VAE, VAESettings, train_vae
+from capsnb.classifier import Classifier, ClassifierSettings, train_classifier
+from capsnb.training import Step
+
+CURVE_EVERY = 20  # updates between two points of the curve
+QUICK_EPOCHS = 0.5
+USED = 0.01  # nats of divergence from N(0, 1), a mean over images, above which a latent number counts as used
+
+
+class Yardstick(NamedTuple):
+    """A network with default settings, its training on images, labels, seed and checkpoint, and its measures."""
+
+    make: Callable[..., nn.Module]
+    settings: ClassifierSettings | VAESettings
+    train: Callable[..., Iterator[Step]]
+    measure: Callable[[nn.Module, Tensor, Tensor], dict]
+
+
+def measure_classifier(classifier: Classifier, images: Tensor, labels: Tensor) -> dict:
+    """The share of images that are classified rightly, and of those that are so with a probability above 0.9."""
+    probability, found = classifier.probabilities(images).max(1)
+    right = found == labels
+    confident = (probability > 0.9).float().mean().item()
+    return {"images": len(images), "accuracy": right.float().mean().item(), "confident": confident}
+
+
+@torch.no_grad()
+def measure_vae(vae: VAE, images: Tensor, labels: Tensor) -> dict:
+    """The two parts of minus the ELBO in nats per image, one draw for each image, and how many numbers are used."""
+    rng, sums = torch.Generator().manual_seed(0), torch.zeros(2)
+    posteriors = [vae.posterior(part) for part in images.split(250)]
+    for part in images.split(250):
+        noise = torch.randn(len(part), vae.settings.latent, generator=rng)
+        sums += torch.stack([term.sum() for term in vae.bound(part, noise)])
+    mean, log_variance = (torch.cat(parts) for parts in zip(*posteriors))
+    divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean(0) / 2
+    cross_entropy, total = (sums / len(images)).tolist()
+    used = int((divergence > USED).sum())
+    return {"images": len(images), "cross_entropy": cross_entropy, "divergence": total, "latent_numbers_used": used}
+
+
+YARDSTICKS = {
+    "classifier": Yardstick(Classifier, ClassifierSettings(), train_classifier, measure_classifier),
+    "vae": Yardstick(
+        VAE, VAESettings(), lambda vae, images, labels, **options: train_vae(vae, images, **options), measure_vae
+    ),
+}
+
+
+def follow(updates: Iterator[Step], name: str, path: Path, facts: dict) -> dict:
+    """Run ``updates`` to their end behind a progress bar; the curve and the seconds, kept in ``path`` on the way."""
+    record = checkpoints.read_json(path) if path.exists() else facts | {"seconds": 0.0, "steps": [], "loss": []}
+    started, before, bar = time.monotonic(), record["seconds"], tqdm(desc=name, mininterval=1.0)
+    for step in updates:
+        bar.total, bar.n = step.steps, step.step
+        bar.update(0)
+        if step.step % CURVE_EVERY == 0 or step.step == step.steps:
+            keep = sum(done < step.step for done in record["steps"])  # a run that goes on repeats its last updates
+            record["steps"] = [*record["steps"][:keep], step.step]
+            record["loss"] = [*record["loss"][:keep], round(step.loss, 5)]
+            record["seconds"] = round(before + time.monotonic() - started, 1)
+            checkpoints.write_json(path, record)
+    return record
+
+
+def run(name: str, out: Path, *, quick: bool, seed: int) -> dict:
+    """Train yardstick ``name`` and write it to ``out``; its metrics."""
+    yardstick = YARDSTICKS[name]
+    settings = replace(yardstick.settings, epochs=QUICK_EPOCHS) if quick else yardstick.settings
+    train, test = (data.load("mnist", split, sample=quick) for split in ("train", "test"))
+    facts = {"dataset": "mnist", "images": len(train[0]), "seed": seed, "quick": quick, "settings": asdict(settings)}
+    checkpoint, metrics = (out.with_suffix(end) for end in (".checkpoint.safetensors", ".metrics.json"))
+    if not checkpoint.exists():
+        metrics.unlink(missing_ok=True)
+    torch.manual_seed(seed)
+    network = yardstick.make(settings)
+    record = follow(yardstick.train(network, *train, seed=seed, checkpoint=checkpoint), name, metrics, facts)
+    halves = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
+    network.load_state_dict(halves)
+    record |= {"versions": runs.versions(), "test": yardstick.measure(network.eval(), *test)}
+    checkpoints.write(out, halves, **facts)
+    checkpoints.write_json(metrics, record)
+    checkpoint.unlink()
+    return record
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=YARDSTICKS)
+    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument("--quick", action="store_true", help="few updates on the shipped sample: for checks only")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    record = run(options.name, options.out, quick=options.quick, seed=options.seed)
+    print(f"{options.name}: {record['test']}, {record['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
