@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from capsnb import checkpoints
 from capsnb.checks import require_choice, require_images
+from capsnb.evaluation import CLASSES
 from capsnb.pretrained import WEIGHTS
-from capsnb.training import Plan, Step, minimise
+from capsnb.training import Step, adam, minimise
 
-CLASSES = 10
 CLASSIFIERS = ("mnist",)
 _PART = 1000  # images classified at once, to bound memory
 
@@ -89,11 +89,7 @@ def train_classifier(
 ) -> Iterator[Step]:
     """Fit ``classifier`` to labelled images; yield after every update."""
     require_images(images)
-    settings = classifier.settings
-    optimiser = torch.optim.Adam(classifier.parameters(), settings.learning_rate)
-    steps = max(1, round(settings.epochs * len(images) / settings.batch))
-    plan = Plan(optimiser, settings.learning_rate, steps, settings.batch, warmup=100, autocast=True)
-    yield from minimise(classifier, (images, labels), plan, seed=seed, checkpoint=checkpoint)
+    yield from minimise(classifier, (images, labels), adam(classifier, len(images)), seed=seed, checkpoint=checkpoint)
 
 
 def load_classifier(dataset: str = "mnist") -> Classifier:

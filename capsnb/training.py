@@ -60,16 +60,20 @@ class Plan:
     autocast: bool
 
 
+def adam(network: nn.Module, images: int) -> Plan:
+    """Adam in half precision for the epochs, the batch and the learning rate of the network's settings."""
+    settings = network.settings
+    optimiser = torch.optim.Adam(network.parameters(), settings.learning_rate)
+    steps = max(1, round(settings.epochs * images / settings.batch))
+    return Plan(optimiser, settings.learning_rate, steps, settings.batch, warmup=100, autocast=True)
+
+
 def train_autoencoder(
     autoencoder: ConvAutoencoder, images: Float[Tensor, "N 1 28 28"], *, seed: int, checkpoint: Path | None = None
 ) -> Iterator[Step]:
     """Stage 1: fit the convolutional autoencoder by cross-entropy, then fix the empty image's code.  Section 4.1."""
     require_images(images)
-    settings = autoencoder.settings
-    optimiser = torch.optim.Adam(autoencoder.parameters(), settings.learning_rate)
-    steps = max(1, round(settings.epochs * len(images) / settings.batch))
-    plan = Plan(optimiser, settings.learning_rate, steps, settings.batch, warmup=100, autocast=True)
-    yield from minimise(autoencoder, (images,), plan, seed=seed, checkpoint=checkpoint)
+    yield from minimise(autoencoder, (images,), adam(autoencoder, len(images)), seed=seed, checkpoint=checkpoint)
     autoencoder.centre()
 
 

@@ -1,12 +1,10 @@
-"""What the experiments on stage 2 share: how a trained variant is measured and pictured, and the files of results.
+"""What the experiments on stage 2 share: how a trained variant is measured and pictured.
 
 Everything is measured on the test images. The pictures, [.., 28, 28] of 8 bits, are decoded by linear read-outs of the
 poses, made in the same way for sparse and dense variants: reconstructions from all capsules together, samples from the
 one that is on.
 """
 
-import argparse
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from capsnb import checkpoints, data, runs, squash
+from capsnb import data, runs, squash
 from capsnb.evaluation import CLASSES, activation_measures, effective_rank, linear_probe, winner_measures
 from capsnb.model import CapsuleEncoder, ExpertCapsules
 from capsnb.sampling import Poses, one_at_a_time
@@ -162,33 +160,6 @@ def measure(
     return measures, {end: pictures(model, matrix, layers) for end, (matrix, layers) in shown.items()}
 
 
-class Results:
-    """The two files of results: what they hold, and what is added."""
-
-    def __init__(self, out: Path, quick: bool, seed: int):
-        self.json, self.tensors = out, out.with_suffix(".safetensors")
-        self.quick, self.seed = quick, seed
-        facts = {"quick": quick, "seed": seed}
-        self.content = checkpoints.read_json(out) if out.exists() else {**facts, "variants": {}}
-        self.pictures = checkpoints.read(self.tensors)[0] if self.tensors.exists() else {}
-        for name, value in facts.items():
-            if self.content[name] != value:
-                raise ValueError(f"{out} was made with {name} {self.content[name]}, not {value}; choose another --out")
-
-    def holds(self, name: str, **facts) -> bool:
-        """Whether the variant is finished, with the facts (settings ...) that it would have now."""
-        record = self.content["variants"].get(name, {})
-        return name in self.pictures and all(record.get(key) == value for key, value in facts.items())
-
-    def add(self, name: str, record: dict, images: dict[str, Tensor]) -> None:
-        """Write a finished variant; the pictures first, so that measures never stand without them."""
-        self.pictures |= images
-        self.content["variants"][name] = record
-        self.content["versions"] = runs.versions()
-        checkpoints.write(self.tensors, self.pictures)
-        checkpoints.write_json(self.json, self.content)
-
-
 def show_titles() -> None:
     """The head of the table."""
     print(f"{'':28s}{''.join(f'{title:>11s}' for title in TABLE.values())}  seconds", flush=True)
@@ -205,17 +176,3 @@ def encoded(stage1: ExpertCapsules, split: str, quick: bool) -> Split:
     images, labels = data.load("mnist", split, sample=quick)
     rows = runs.Encoded(stage1, images)
     return Split(images, labels, torch.cat([rows[part].half() for part in torch.arange(len(images)).split(500)]))
-
-
-def command_line(doc: str, names: list[str], arguments: list[str] | None) -> tuple[Results, list[str]]:
-    """The files of results and the chosen ``names``, from the arguments that all experiments take."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to go on with")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of: {', '.join(names)}")
-    parser.add_argument("--quick", action="store_true", help="few updates on the shipped sample: for checks only")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    try:
-        return Results(options.out, options.quick, options.seed), options.only or names
-    except ValueError as error:
-        parser.error(str(error))

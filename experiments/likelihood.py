@@ -15,12 +15,11 @@ The JSON holds the estimates. The safetensors file beside it holds "MODEL/SET", 
 nats, in 16 bits, and "MODEL/pictures", where eight chains ended, decoded by stage 1, in 8 bits.
 """
 
-import argparse
 import hashlib
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from capsnb import checkpoints, data, load_pretrained, runs, unsquash
+from capsnb import data, load_pretrained, unsquash
 from capsnb.baselines import rbm as rbms
 from capsnb.baselines.rbm import RBM
 from capsnb.energy import free_energy
@@ -48,6 +47,7 @@ from capsnb.likelihood import (
 )
 from capsnb.model import ExpertCapsules
 from capsnb.pretrained import WEIGHTS
+from experiments import results
 
 MODELS = ("mnist", "mnist-dense", "mnist-paper")
 NAMES = (*MODELS, "rbm")
@@ -217,31 +217,17 @@ def show(name: str, found: dict[str, float]) -> dict[str, float]:
     return found
 
 
-class Results:
-    """The two files of results: what they hold, and what is added."""
+class Results(results.Results):
+    """As for every experiment, in 16 bits; an entry is finished if it was made with the weights that ship now."""
 
-    def __init__(self, out: Path, quick: bool, seed: int):
-        self.json, self.tensors = out, out.with_suffix(".safetensors")
-        facts = {"quick": quick, "seed": seed}
-        self.content = checkpoints.read_json(out) if out.exists() else {**facts, "entries": {}}
-        self.arrays = checkpoints.read(self.tensors)[0] if self.tensors.exists() else {}
-        for name, value in facts.items():
-            if self.content[name] != value:
-                raise ValueError(f"{out} was made with {name} {self.content[name]}, not {value}; choose another --out")
+    records = "entries"
 
     def holds(self, name: str) -> bool:
-        """Whether the entry is finished, for the weights that ship now."""
-        return self.content["entries"].get(name, {}).get("weights") == fingerprint(name)
+        return super().holds(name, weights=fingerprint(name))
 
     def add(self, name: str, entry: dict, arrays: dict[str, Tensor]) -> None:
-        """Write a finished entry; the arrays first, so that estimates never stand without them."""
-        kept = {key: value for key, value in self.arrays.items() if not key.startswith(f"{name}/")}
-        small = {key: value.half() if value.is_floating_point() else value for key, value in arrays.items()}
-        self.arrays = kept | {f"{name}/{key}": value for key, value in small.items()}
-        self.content["entries"][name] = {"weights": fingerprint(name)} | entry
-        self.content["versions"] = runs.versions()
-        checkpoints.write(self.tensors, self.arrays)
-        checkpoints.write_json(self.json, self.content)
+        small = {f"{name}/{key}": value.half() if value.is_floating_point() else value for key, value in arrays.items()}
+        super().add(name, {"weights": fingerprint(name)} | entry, small)
 
 
 def fingerprint(name: str) -> str:
@@ -257,31 +243,21 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def run(results: Results, names: Sequence[str], *, quick: bool, seed: int) -> None:
-    """Compute and write every entry of ``names`` that ``results`` lacks."""
-    sizes = QUICK if quick else Sizes()
+def run(found: Results, names: Sequence[str]) -> None:
+    """Compute and write every entry of ``names`` that ``found`` lacks."""
+    sizes = QUICK if found.quick else Sizes()
     for name in names:
-        if results.holds(name):
+        if found.holds(name):
             print(f"{name}: kept")
             continue
-        rng = torch.Generator().manual_seed(seed)
-        entry = judge_rbm(sizes, quick, rng=rng) if name == "rbm" else judge_capsules(name, sizes, quick, rng=rng)
-        results.add(name, *entry)
+        rng = torch.Generator().manual_seed(found.seed)
+        judge = partial(judge_rbm, sizes) if name == "rbm" else partial(judge_capsules, name, sizes)
+        found.add(name, *judge(found.quick, rng=rng))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.likelihood", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write or to go on with")
-    parser.add_argument("--only", nargs="+", choices=NAMES, help="entries to compute (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    parser.add_argument("--quick", action="store_true", help="few chains on the shipped samples: only for checks")
-    options = parser.parse_args(arguments)
-    try:
-        results = Results(options.out, options.quick, options.seed)
-    except ValueError as error:
-        parser.error(str(error))
-    run(results, options.only or NAMES, quick=options.quick, seed=options.seed)
+    run(*results.command_line(__doc__, list(NAMES), arguments, Results))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,7 @@ from capsnb.settings import PRESETS, EncoderSettings
 from experiments.bases import BASES
 from experiments.common import (
     QUICK_STEPS,
-    Results,
     as_bytes,
-    command_line,
     encoded,
     fit,
     measure,
@@ -36,6 +34,7 @@ from experiments.common import (
     show,
     show_titles,
 )
+from experiments.results import Results, command_line
 
 CHANGES = {
     "": {},

@@ -16,12 +16,10 @@ The JSON holds the measures (see capsnb.quality), and under "reference" those of
 row, and "NAME/neighbours", the training images nearest to the first 10; "test" are test images.
 """
 
-import argparse
 import hashlib
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capsnb import checkpoints, data, load_pretrained, runs
+from capsnb import checkpoints, data, load_pretrained
 from capsnb.baselines.pca import fit_pixel_gaussian
 from capsnb.baselines.rbm import gibbs_step, hidden_probability, load_rbm, visible_probability
 from capsnb.baselines.vae import load_vae
@@ -37,7 +35,8 @@ from capsnb.classifier import Classifier, load_classifier
 from capsnb.pretrained import WEIGHTS
 from capsnb.quality import class_measures, compare, nearest_neighbours
 from capsnb.sampling import DOMAINS, sample_layers
-from experiments.over_which_index import as_bytes
+from experiments import results
+from experiments.common import as_bytes
 
 SAMPLES, QUICK_SAMPLES = 10_000, 200
 SHOWN, SHOWN_WITH_NEIGHBOURS = 40, 10
@@ -162,47 +161,30 @@ def reference(real: Real) -> dict:
     return class_measures(real.classifier.classify(real.features)) | {"nearest_training": distances.median().item()}
 
 
-class Results:
-    """The two files of results: what they hold, and what is added."""
+class Results(results.Results):
+    """As for every experiment; a row is finished if it was made with the weights that are there now."""
 
-    def __init__(self, out: Path, quick: bool, seed: int):
-        self.json, self.tensors = out, out.with_suffix(".safetensors")
-        facts = {"quick": quick, "seed": seed}
-        self.content = checkpoints.read_json(out) if out.exists() else {**facts, "rows": {}}
-        self.pictures = checkpoints.read(self.tensors)[0] if self.tensors.exists() else {}
-        for name, value in facts.items():
-            if self.content[name] != value:
-                raise ValueError(f"{out} was made with {name} {self.content[name]}, not {value}; choose another --out")
+    records = "rows"
 
     def holds(self, name: str) -> bool:
-        """Whether the row is finished, with the weights that are there now."""
-        record = self.content["rows"].get(name, {})
-        return record.get("fingerprint") == fingerprint(ROWS[name].weights) and name in self.pictures
-
-    def add(self, name: str, record: dict, images: dict[str, Tensor]) -> None:
-        """Write a finished row; the pictures first, so that measures never stand without them."""
-        self.pictures |= images
-        self.content["rows"][name] = record
-        self.content["versions"] = runs.versions()
-        checkpoints.write(self.tensors, self.pictures)
-        checkpoints.write_json(self.json, self.content)
+        return super().holds(name, fingerprint=fingerprint(ROWS[name].weights))
 
 
-def run(results: Results, names: list[str], *, quick: bool, seed: int) -> None:
-    """Draw, measure and write every row of ``names`` that ``results`` lacks."""
-    train, test = (data.load("mnist", split, sample=quick)[0] for split in ("train", "test"))
-    real, count = Real(train, test, load_classifier()), QUICK_SAMPLES if quick else SAMPLES
-    results.content["reference"] = reference(real)
+def run(found: Results, names: list[str]) -> None:
+    """Draw, measure and write every row of ``names`` that ``found`` lacks."""
+    train, test = (data.load("mnist", split, sample=found.quick)[0] for split in ("train", "test"))
+    real, count = Real(train, test, load_classifier()), QUICK_SAMPLES if found.quick else SAMPLES
+    found.content["reference"] = reference(real)
     print(f"{'':22s}{''.join(f'{title:>11s}' for title in TABLE)}  seconds")
     for name in names:
-        if not results.holds(name):
-            started, rng = time.monotonic(), torch.Generator().manual_seed(seed)
+        if not found.holds(name):
+            started, rng = time.monotonic(), torch.Generator().manual_seed(found.seed)
             made_with = fingerprint(ROWS[name].weights)
             measures, images = measure(ROWS[name].draw(count, train, rng=rng), real, rng=rng)
             record = {"fingerprint": made_with, "seconds": round(time.monotonic() - started, 1), **measures}
             pictures = {name + end: image for end, image in images.items()}
-            results.add(name, record, {"test": as_bytes(test[:SHOWN])} | pictures)
-        show(name, results.content["rows"][name])
+            found.add(name, record, {"test": as_bytes(test[:SHOWN])} | pictures)
+        show(name, found.content["rows"][name])
 
 
 def show(name: str, record: dict) -> None:
@@ -211,17 +193,7 @@ def show(name: str, record: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to go on with")
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=f"of: {', '.join(ROWS)}")
-    parser.add_argument("--quick", action="store_true", help="few samples of every row: only for checks")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    try:
-        results = Results(options.out, options.quick, options.seed)
-    except ValueError as error:
-        parser.error(str(error))
-    run(results, options.only or list(ROWS), quick=options.quick, seed=options.seed)
+    run(*results.command_line(__doc__, list(ROWS), arguments, Results))
 
 
 if __name__ == "__main__":

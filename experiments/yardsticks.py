@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from capsnb import checkpoints, data, runs
-from capsnb.baselines.vae import VAE, VAESettings, train_vae
+from capsnb.baselines.vae import VAE, VAESettings, divergence, train_vae
 from capsnb.classifier import Classifier, ClassifierSettings, train_classifier
+from capsnb.quality import CONFIDENT
 from capsnb.training import Step
 
 CURVE_EVERY = 20  # updates between two points of the curve
@@ -44,7 +45,7 @@ def measure_classifier(classifier: Classifier, images: Tensor, labels: Tensor) -
     """The share of images that are classified rightly, and of those that are so with a probability above 0.9."""
     probability, found = classifier.probabilities(images).max(1)
     right = found == labels
-    confident = (probability > 0.9).float().mean().item()
+    confident = (probability > CONFIDENT).float().mean().item()
     return {"images": len(images), "accuracy": right.float().mean().item(), "confident": confident}
 
 
@@ -57,9 +58,8 @@ def measure_vae(vae: VAE, images: Tensor, labels: Tensor) -> dict:
         noise = torch.randn(len(part), vae.settings.latent, generator=rng)
         sums += torch.stack([term.sum() for term in vae.bound(part, noise)])
     mean, log_variance = (torch.cat(parts) for parts in zip(*posteriors))
-    divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean(0) / 2
     cross_entropy, total = (sums / len(images)).tolist()
-    used = int((divergence > USED).sum())
+    used = int((divergence(mean, log_variance).mean(0) > USED).sum())
     return {"images": len(images), "cross_entropy": cross_entropy, "divergence": total, "latent_numbers_used": used}
 
 

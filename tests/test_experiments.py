@@ -22,7 +22,6 @@ from experiments.bases import BASES
 from experiments.common import (
     QUICK_STEPS,
     TABLE,
-    Results,
     fitted_layers,
     pictures,
     read_out_alone,
@@ -31,6 +30,7 @@ from experiments.common import (
     variance_left,
 )
 from experiments.over_which_index import VARIANTS, main
+from experiments.results import Results
 
 I, J, D, E = 13, 5, 7, 11  # noqa: E741
 

@@ -14,7 +14,7 @@ from capsnb.checks import require_images
 from capsnb.model import GRID, ConvAutoencoder
 from capsnb.pretrained import WEIGHTS
 from capsnb.settings import AutoencoderSettings
-from capsnb.training import Plan, Step, minimise
+from capsnb.training import Step, adam, minimise
 
 _PART = 250  # images decoded at once, to bound memory
 
@@ -63,8 +63,7 @@ class VAE(nn.Module):
         mean, log_variance = self.posterior(images)
         logits = self.decode_logits(mean + (log_variance / 2).exp() * noise)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, images, reduction="none").sum((1, 2, 3))
-        divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
-        return cross_entropy, divergence
+        return cross_entropy, divergence(mean, log_variance).sum(1)
 
     def forward(self, images: Float[Tensor, "B 1 28 28"]) -> Float[Tensor, ""]:
         """Minus the ELBO per image, in nats, with noise from torch's global generator."""
@@ -80,16 +79,19 @@ class VAE(nn.Module):
         return self.decode(torch.randn(count, self.settings.latent, generator=rng))
 
 
+def divergence(
+    mean: Float[Tensor, "B latent"], log_variance: Float[Tensor, "B latent"]
+) -> Float[Tensor, "B latent"]:
+    """The divergence of every latent number's Gaussian from N(0, 1), in nats."""
+    return (mean.square() + log_variance.exp() - 1 - log_variance) / 2
+
+
 def train_vae(
     vae: VAE, images: Float[Tensor, "N 1 28 28"], *, seed: int, checkpoint: Path | None = None
 ) -> Iterator[Step]:
     """Maximise the ELBO of ``images``; yield after every update."""
     require_images(images)
-    settings = vae.settings
-    optimiser = torch.optim.Adam(vae.parameters(), settings.learning_rate)
-    steps = max(1, round(settings.epochs * len(images) / settings.batch))
-    plan = Plan(optimiser, settings.learning_rate, steps, settings.batch, warmup=100, autocast=True)
-    yield from minimise(vae, (images,), plan, seed=seed, checkpoint=checkpoint)
+    yield from minimise(vae, (images,), adam(vae, len(images)), seed=seed, checkpoint=checkpoint)
 
 
 def load_vae() -> VAE:
