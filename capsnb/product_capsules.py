@@ -26,7 +26,6 @@ from capsnb.model import CapsuleEncoder
 from capsnb.routing import forward_map, reverse_map
 from capsnb.sampling import Poses, restrict
 from capsnb.settings import EncoderSettings
-from capsnb.sparsity import share_out
 
 DOMAINS = ("prior", "complete", "restricted", "fitted")
 _SMALLEST = 1e-30  # a squared length below is read as this, so that its logarithm is finite
@@ -108,21 +107,15 @@ class ProductEncoder(CapsuleEncoder):
     """Stage 2 for such capsules: the paper's, with the energy of this module in the place of eq. 7."""
 
     def __init__(self, lower: int, lower_dim: int, settings: EncoderSettings, space: Space):
-        if not 1 <= space.sphere <= settings.dim or settings.sparsity is None:
-            raise ValueError(f"sphere is {space.sphere}, expected 1 to {settings.dim}, and settings with sparsity")
+        if not 1 <= space.sphere <= settings.dim or settings.sparsity is None or settings.views:
+            raise ValueError(f"sphere is {space.sphere}; give 1 to {settings.dim}, and sparsity settings without views")
         super().__init__(lower, lower_dim, settings)
         self.space = space
 
     @torch.no_grad()
     def couplings(self, x: Float[Tensor, "B I e"]) -> Float[Tensor, "B I J"]:
-        """Couplings by agreement, shared out over the capsules left on."""
-        explained = explanation(x, self.W, self.space)
-        mask = self.sparsity.mask(explained)
-        if self.training:
-            self.sparsity.update(explained)
-        elif self.settings.sparsity.on_after_training == 1:  # it takes every coupling, whatever routing would say
-            return mask.unsqueeze(1).expand(*x.shape[:2], -1)
-        return share_out(self.route(x).coupling, mask)
+        """Couplings by agreement, over the capsules that explain x best with their states."""
+        return super().couplings(x, explanation(x, self.W, self.space))
 
     @torch.no_grad()
     def preactivations(self, x: Float[Tensor, "B I e"]) -> Float[Tensor, "B J d"]:
@@ -151,13 +144,15 @@ def sample_states(
     "prior": a uniform direction, and r from the energy's own Gaussian. "complete": the same, but r around its mean in
     training, with one deviation for all numbers of all capsules. "restricted": that, turned onto the half of the sphere
     around the mean direction. "fitted": a Gaussian with mean and covariance of the training states, the sphere's part
-    put back on the sphere. Off "fitted", the activation is 1.  Raises ValueError for another domain.
+    put back on the sphere. The activation is 1.  Raises ValueError for another domain.
     """
     require_choice(domain, DOMAINS, "domain")
     noise = torch.randn(count, *poses.mean.shape, generator=rng)
     (s, r), (mean_s, mean_r) = split(noise, space), split(poses.mean, space)
     if domain == "fitted":
-        s, r = split(poses.mean + torch.einsum("jde,bje->bjd", poses.root, noise), space)
+        values, vectors = torch.linalg.eigh(poses.covariance)
+        noise = noise * values.clamp(min=0).sqrt()
+        s, r = split(poses.mean + torch.einsum("jde,bje->bjd", vectors, noise), space)
     elif domain == "prior":
         r = offset_like(r, space) + space.variance**0.5 * r
     else:

@@ -3,35 +3,70 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
 from capsnb import squash
 from capsnb.evaluation import is_negative, winner
 from capsnb.model import ExpertCapsules
-from capsnb.product_capsules import DOMAINS, ProductEncoder, Space, sample_states, split, states_of, with_activation
+from capsnb.product_capsules import (
+    DOMAINS,
+    ProductEncoder,
+    Space,
+    euclidean_deviation,
+    offset_like,
+    sample_states,
+    split,
+    states_of,
+    with_activation,
+)
 from capsnb.sampling import Poses, one_at_a_time
+from capsnb.settings import DecoderSettings
+from capsnb.strokes import area
 from capsnb.training import ridge_regression
+from experiments.common import pictures
 
 SHOWN = 3  # samples of every capsule that are kept as pictures
 STEPS = 13  # pictures of a sweep
 
 
 class Encoded(NamedTuple):
-    """A split after stage 2: the upper capsules before the squash, the one that is on and its own z, the states."""
+    """A split after stage 2: the states, the capsule that is on, and its own z."""
 
-    z: Float[Tensor, "N J d"]
+    states: Float[Tensor, "N J d"]
     on: Int[Tensor, "N"]
     own: Float[Tensor, "N d"]
-    states: Float[Tensor, "N J d"]
 
 
 def encode(encoder: ProductEncoder, lower: Float[Tensor, "N I e"]) -> Encoded:
     """All of ``lower`` through stage 2."""
     z = torch.cat([encoder.preactivations(squash(part.float())) for part in lower.split(500)])
     on = winner(z)
-    return Encoded(z, on, z[torch.arange(len(z)), on], states_of(z, encoder.space))
+    return Encoded(states_of(z, encoder.space), on, z[torch.arange(len(z)), on])
+
+
+def mean_direction(found: Encoded, space: Space) -> float:
+    """Length of a capsule's mean point on its sphere, over capsules by share: 0 is all around, 1 a single point."""
+    points = F.normalize(split(found.own, space)[0], dim=1)
+    sums = points.new_zeros(found.states.shape[1], points.shape[1]).index_add(0, found.on, points)
+    return (torch.linalg.vector_norm(sums, dim=1).sum() / len(points)).item()
+
+
+def sign_known(found: Encoded, space: Space) -> float:
+    """The share of images with a lower free energy than their negatives, under the same couplings.  Eq. 21.2."""
+    t = split(found.own, space)[1]
+    return ((offset_like(t, space) * t).sum(1) > 0).float().mean().item()
+
+
+def euclidean_measures(poses: Poses, space: Space) -> dict[str, float]:
+    """Where r lies in training: its mean on the offset's axis and off it, over capsules by share, and its deviation."""
+    mean, share = split(poses.mean, space)[1], poses.share / poses.share.sum()
+    return {
+        "mean_on_axis": (share * mean[:, :1].sum(1)).sum().item(),
+        "mean_off_axis": (share * torch.linalg.vector_norm(mean[:, 1:], dim=1)).sum().item(),
+        "deviation": euclidean_deviation(poses, space).item(),
+    }
 
 
 def features(own: Float[Tensor, "N d"], space: Space) -> dict[str, Tensor]:
@@ -60,7 +95,7 @@ def explained_share(train: tuple[Tensor, Tensor, Tensor], test: tuple[Tensor, Te
 
 
 def explained(
-    train: Encoded, test: Encoded, strokes: tuple[dict[str, Tensor], dict[str, Tensor]], space: Space
+    train: Encoded, test: Encoded, strokes: list[dict[str, Tensor]], space: Space
 ) -> dict[str, dict[str, float]]:
     """``explained_share`` of all ``strokes`` (of training images, of test images) by every part of a capsule."""
     of_train, of_test = features(train.own, space), features(test.own, space)
@@ -74,60 +109,43 @@ def explained(
 
 
 class ReadOut(NamedTuple):
-    """Stage 3: a linear map from states, with the activation as one more number if ``activation``, to images."""
+    """Stage 3: a linear map from states, with the activations beside them if ``activation``, to lower capsules."""
 
     model: ExpertCapsules
     matrix: Float[Tensor, "n m"]
-    space: Space
     activation: bool
 
-    def code(self, states: Float[Tensor, "*axes J d"]) -> Float[Tensor, "*axes n"]:
+    def code(self, states: Float[Tensor, "*axes J d"]) -> Float[Tensor, "*axes J numbers"]:
         """The numbers that the map is applied to."""
-        return (with_activation(states, self.space) if self.activation else states).flatten(-2)
+        return with_activation(states, self.model.encoder.space) if self.activation else states
 
-    @torch.no_grad()
-    def alone(self, states: Float[Tensor, "rows J d"]) -> Float[Tensor, "rows J 28 28"]:
+    def alone(self, states: Float[Tensor, "rows J d"]) -> UInt8[Tensor, "rows J 28 28"]:
         """Images of layers with one capsule on."""
-        z = self.code(one_at_a_time(states)).flatten(0, 1) @ self.matrix
-        images = [self.model.image(part.view(len(part), *self.lower)) for part in z.split(250)]
-        return torch.cat(images).view(*states.shape[:2], 28, 28)
-
-    @property
-    def lower(self) -> tuple[int, int]:
-        """I and e of the lower layer."""
-        return self.model.encoder.W.shape[0], self.model.encoder.W.shape[3]
+        return pictures(self.model, self.matrix, self.code(one_at_a_time(states)))
 
 
-def read_out(model: ExpertCapsules, states: Tensor, lower: Tensor, space: Space, *, activation: bool = True) -> ReadOut:
-    """The ridge regression of the ``lower`` capsules on the states, with the ridge of the model's settings."""
-    empty = ReadOut(model, torch.empty(0, 0), space, activation)
-    matrix = ridge_regression(empty.code(states), lower, ridge=model.settings.decoder.ridge)
-    return empty._replace(matrix=matrix)
-
-
-def variance_left(reader: ReadOut, states: Float[Tensor, "N J d"], lower: Float[Tensor, "N I e"]) -> float:
-    """The squared error of the read-out, as a share of the variance of the ``lower`` capsules."""
-    error, mean = 0.0, lower.flatten(1).float().mean(0)
-    for part, z in zip(states.split(500), lower.flatten(1).split(500)):
-        error += (reader.code(part) @ reader.matrix - z).square().sum().item()
-    return error / sum((z - mean).square().sum().item() for z in lower.flatten(1).split(500))
+def read_out(model: ExpertCapsules, states: Tensor, lower: Tensor, *, activation: bool = True) -> ReadOut:
+    """The ridge regression of the ``lower`` capsules on the states."""
+    empty = ReadOut(model, torch.empty(0, 0), activation)
+    code = empty.code(states).flatten(1)
+    return empty._replace(matrix=ridge_regression(code, lower, ridge=DecoderSettings().ridge))
 
 
 def sample_measures(
-    reader: ReadOut, poses: Poses, real: Tensor, *, rows: int = 50, seed: int
-) -> tuple[dict[str, dict], dict[str, Tensor]]:
+    reader: ReadOut, real: Float[Tensor, "N 1 28 28"], *, rows: int = 50, seed: int
+) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
     """Share of negatives, contrast and differences within capsules of samples in every domain, and some pictures."""
-    measures, images = {}, {}
+    model, measures, images = reader.model, {}, {}
     for domain in DOMAINS:
         rng = torch.Generator().manual_seed(seed)
-        drawn = reader.alone(sample_states(rows, poses, reader.space, domain=domain, rng=rng))
+        images[domain] = reader.alone(sample_states(rows, model.poses, model.encoder.space, domain=domain, rng=rng))
+        drawn = images[domain] / 255
         measures[domain] = {
             "negative_share": is_negative(drawn.flatten(0, 1).unsqueeze(1), real).float().mean().item(),
             "contrast": drawn.flatten(2).std(2).mean().item(),
             "variation_within_capsule": drawn.std(0).mean().item(),
         }
-        images[domain] = as_bytes(drawn[:SHOWN])
-    return measures, images
+    return measures, {domain: drawn[:SHOWN] for domain, drawn in images.items()}
 
 
 def sweeps(states: Tensor, on: Tensor, sizes: Tensor, space: Space) -> dict[str, Float[Tensor, "steps J d"]]:
@@ -168,6 +186,6 @@ def _slope(x: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.lstsq((x - x.mean(0)).double(), y.double().unsqueeze(1)).solution[:, 0].float()
 
 
-def as_bytes(images: Float[Tensor, "*axes"]) -> Tensor:
-    """Images in [0, 1] as numbers from 0 to 255."""
-    return (255 * images).round().to(torch.uint8)
+def mean_ink(walk: UInt8[Tensor, "steps J 28 28"]) -> list[float]:
+    """The ink of the pictures of every step, a mean over capsules."""
+    return [area(pictures.unsqueeze(1) / 255).mean().item() for pictures in walk]

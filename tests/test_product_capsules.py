@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from capsnb import mixing, settings, sparsity, squash
+from capsnb import mixing, sparsity, squash
 from capsnb.energy import firing_probability, free_energy
 from capsnb.product_capsules import (
     DOMAINS,
@@ -28,7 +28,9 @@ from capsnb.product_capsules import (
 )
 from capsnb.routing import forward_map, reverse_map
 from capsnb.sampling import Poses
+from capsnb.settings import ViewsSettings
 from capsnb.training import train_encoder
+from experiments.bases import BASES
 
 B, I, J, D, E = 3, 13, 5, 7, 11  # noqa: E741
 SPACE = Space(sphere=3, offset=0.7, variance=0.3)  # S^2 x R^4
@@ -159,9 +161,9 @@ def test_capsules_that_are_off_are_zero_and_have_no_activation(double):
 
 @pytest.fixture
 def encoder():
-    """An encoder of five capsules on S^2 x R^4 in the sparse preset."""
+    """An encoder of five capsules on S^2 x R^4: plain sparse experts."""
     torch.manual_seed(23)
-    chosen = replace(settings.PRESETS["sparse"].encoder, capsules=J, dim=D, steps=30, batch=31)
+    chosen = replace(BASES["sparse"], capsules=J, dim=D, steps=30, batch=31)
     return ProductEncoder(I, E, chosen, SPACE)
 
 
@@ -173,8 +175,8 @@ def test_one_capsule_is_on_for_every_image_and_it_is_the_one_that_explains_most(
 
 
 def test_with_two_left_on_the_couplings_are_shared_between_them(double):
-    chosen = settings.PRESETS["sparse"].encoder
-    chosen = replace(chosen, capsules=J, dim=D, sparsity=replace(chosen.sparsity, on_after_training=2))
+    sparsity = replace(BASES["sparse"].sparsity, on_after_training=2)
+    chosen = replace(BASES["sparse"], capsules=J, dim=D, sparsity=sparsity)
     c = ProductEncoder(I, E, chosen, SPACE).eval().couplings(squash(double(B, I, E).float()))
     assert ((c.amax(1) > 0).sum(1) == 2).all()
     assert_close(c.sum(2), torch.ones(B, I))
@@ -190,9 +192,11 @@ def test_training_makes_capsules_explain_more_and_moves_the_winning_shares(encod
     assert not torch.equal(share, encoder.sparsity.share) and not encoder.training
 
 
-@pytest.mark.parametrize("change, sphere", [({}, 0), ({}, D + 1), ({"sparsity": None}, 3)])
-def test_a_space_that_does_not_fit_and_dense_settings_are_refused(encoder, change, sphere):
-    with pytest.raises(ValueError, match=f"sphere is {sphere}, expected 1 to {D}"):
+@pytest.mark.parametrize(
+    "change, sphere", [({}, 0), ({}, D + 1), ({"sparsity": None}, 3), ({"views": ViewsSettings()}, 3)]
+)
+def test_a_space_that_does_not_fit_dense_settings_and_views_are_refused(encoder, change, sphere):
+    with pytest.raises(ValueError, match=f"sphere is {sphere}; give 1 to {D}, and sparsity settings without views"):
         ProductEncoder(I, E, replace(encoder.settings, **change), replace(SPACE, sphere=sphere))
 
 
