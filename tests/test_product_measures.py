@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ from sklearn.linear_model import LinearRegression
 from threadpoolctl import threadpool_limits
 from torch.testing import assert_close
 
+import capsnb
 from capsnb import checkpoints, load_pretrained
 from capsnb.product_capsules import Space, states_of
 from capsnb.sampling import one_at_a_time
 from capsnb.settings import DecoderSettings
 from experiments import product_capsules
 from experiments.bases import BASES
-from experiments.product_capsules import VARIANTS, facts, main, settings_of
+from experiments.product_capsules import STAGE1, VARIANTS, facts, main, settings_of
 from experiments.product_measures import (
     STEPS,
     Encoded,
@@ -34,15 +36,11 @@ from experiments.results import Results
 SPACE = Space(sphere=3)  # S^2 x R^4
 
 
-def test_every_variant_takes_as_many_numbers_and_differs_from_the_first_in_one_choice():
-    first, changed = asdict(VARIANTS["s7-r8"]), {}
-    for name, variant in VARIANTS.items():
-        fields = asdict(variant)
-        differs = {key for key in first["space"] if fields["space"][key] != first["space"][key]}
-        changed[name] = differs | {"stage1"} if variant.stage1 != first["stage1"] else differs
-    assert changed.pop("s7-r8") == set() and changed.pop("centred-s15") == {"sphere", "stage1"}
-    assert [len(fields) for fields in changed.values()] == [1] * len(changed)
-    assert all(variant.space.sphere <= BASES["sparse"].dim for variant in VARIANTS.values())
+def test_every_space_takes_as_many_numbers_and_differs_from_the_first_in_one_choice():
+    first = asdict(Space())
+    changed = {name: {key for key in first if asdict(space)[key] != first[key]} for name, space in VARIANTS.items()}
+    assert changed.pop("s7-r8") == set() and [len(fields) for fields in changed.values()] == [1] * len(changed)
+    assert all(space.sphere <= BASES["sparse"].dim for space in VARIANTS.values())
 
 
 def test_the_explained_share_is_that_of_one_linear_regression_per_capsule(double):
@@ -185,6 +183,13 @@ def test_a_variant_knows_its_stage_1_and_not_the_stages_that_it_replaces(small_m
     assert known() != before
 
 
+def test_the_shipped_results_are_those_of_the_spaces_settings_and_stage_1_that_the_experiment_has_now():
+    shipped = checkpoints.read_json(Path(capsnb.__file__).parent / "results" / "product-capsules.json")["variants"]
+    stage1 = load_pretrained(STAGE1)
+    now = {name: facts(name, stage1, False) for name in VARIANTS}
+    assert {name: {key: record[key] for key in now[name]} for name, record in shipped.items()} == now
+
+
 # The whole run
 
 
@@ -202,7 +207,7 @@ def test_a_quick_run_writes_every_measure_and_says_that_it_was_quick(finished):
     assert content["quick"] is True and sorted(content["variants"]) == ["s15", "s7-r8"]
     for name, record in content["variants"].items():
         found = record["measures"]
-        assert record["settings"] == asdict(settings_of(True)) and record["space"] == asdict(VARIANTS[name].space)
+        assert record["settings"] == asdict(settings_of(True)) and record["space"] == asdict(VARIANTS[name])
         assert 0 < found["variance_left"] < 1 and 0 < found["mean_direction"] < 1
         parts = ["direction", "activation", "all"] if name == "s15" else ["direction", "activation", "line", "all"]
         assert sorted(found["explained"]["area"]) == sorted(parts)
@@ -223,10 +228,9 @@ def test_the_pictures_are_samples_of_every_domain_and_sweeps(finished):
 def test_a_second_run_trains_nothing_but_another_space_or_stage_1_makes_it_train(finished, monkeypatch):
     monkeypatch.setattr(product_capsules, "train", None)
     main(["--quick", "--out", str(finished), "--only", "s7-r8"])
-    model, results = load_pretrained("mnist-bias-free"), Results(finished, True, 0)
+    model, results = load_pretrained(STAGE1), Results(finished, True, 0)
     assert results.holds("s15", **facts("s15", model, True))
-    wider = replace(VARIANTS["s15"], space=Space(sphere=16, variance=0.5))
-    monkeypatch.setitem(VARIANTS, "s15", wider)
+    monkeypatch.setitem(VARIANTS, "s15", Space(sphere=16, variance=0.5))
     assert not results.holds("s15", **facts("s15", model, True))
     model.autoencoder.output_bias.data += 1
     assert not results.holds("s7-r8", **facts("s7-r8", model, True))
