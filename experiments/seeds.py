@@ -4,17 +4,17 @@
     python -m experiments.seeds --quick --out FILE      few updates on the shipped sample: only for checks
     python -m experiments.seeds --only mnist-1 --out FILE
 
-"DATASET-0" is the model that ships with the book. Another seed is trained as ``python -m capsnb train`` trains it, all
-three stages, in the folder runs/seeds/DATASET-SEED, where an interrupted training goes on when the command is given
-again; its weights are then rounded to 16 bits, as the shipped ones are. Training takes the 60,000 training images, the
-measures the 10,000 test images.
+"mnist-0" is the model that ships with the book. Another seed is trained as ``python -m capsnb train`` trains it, all
+three stages, in the folder runs/seeds/mnist-SEED, where an interrupted training goes on when the command is given
+again; its weights are then rounded to 16 bits, as the shipped ones are. Training takes the 60,000 training images of
+MNIST, the measures the 10,000 test images.
 
-The JSON holds for every run all that ``python -m capsnb evaluate`` measures (for MNIST the support vector machine too);
-"subspaces_purity", that of k-subspaces of the run's own lower capsules, with as many clusters as capsules;
-"principal_probe", the linear probe when every image keeps its winner, whose pose is replaced by so many principal
-coordinates of the lower capsules that it wins; and for MNIST under "quality" what ``experiments.sample_quality``
-measures of 10,000 samples of the fitted domain. "summary" holds mean and spread (standard deviation, n - 1) over seeds.
-The safetensors file beside it holds 40 samples of every run.
+The JSON holds for every run all that ``python -m capsnb evaluate --svm`` measures; "subspaces_purity", that of
+k-subspaces of the run's own lower capsules, with as many clusters as capsules; "principal_probe", the linear probe when
+every image keeps its winner, whose pose is replaced by so many principal coordinates of the lower capsules that it
+wins; and under "quality" what ``experiments.sample_quality`` measures of 10,000 samples of the fitted domain. "summary"
+holds mean and spread (standard deviation, n - 1) over seeds. The safetensors file beside it holds 40 samples of every
+run.
 """
 
 import time
@@ -31,15 +31,14 @@ from capsnb.classifier import load_classifier
 from capsnb.evaluation import contingency, evaluate, linear_probe, purity, winner
 from capsnb.model import ExpertCapsules
 from capsnb.sampling import sample_layers
-from capsnb.settings import PRESETS, quick
+from capsnb.settings import PRESETS, Settings, quick
 from capsnb.subspaces import explained_by, k_subspaces, principal_directions
 from experiments import results
 from experiments.common import as_bytes
 from experiments.sample_quality import QUICK_SAMPLES, SAMPLES, SHOWN, Real
 from experiments.sample_quality import measure as measure_samples
 
-SEEDS, DATASETS = 3, ("mnist", "fashion-mnist")
-NAMES = [f"{dataset}-{seed}" for dataset in DATASETS for seed in range(SEEDS)]
+SEEDS = {f"mnist-{seed}": seed for seed in range(3)}
 FOLDER = Path("runs/seeds")
 COMPONENTS = 200  # principal directions of the lower capsules in which k-subspaces clusters them, as in stage 2's start
 PRINCIPAL = (16, 32)  # coordinates: as many as a pose has, and twice as many
@@ -64,13 +63,17 @@ HEADLINE = (
 Split = tuple[Tensor, Tensor]  # images and labels
 
 
-def trained(dataset: str, seed: int, images: Tensor, folder: Path, is_quick: bool) -> ExpertCapsules:
-    """The model of one run: shipped, or trained in ``folder`` and rounded as the shipped ones are."""
-    if seed == 0 and not is_quick:
-        return load_pretrained(dataset)
-    chosen = quick(PRESETS["sparse"]) if is_quick else PRESETS["sparse"]
-    run = runs.Run(chosen, dataset, folder / f"{dataset}-{seed}", seed, quick=is_quick)
+def trained(name: str, images: Tensor, folder: Path, is_quick: bool) -> ExpertCapsules:
+    """The model of one run: shipped, or trained in ``folder`` and rounded as the shipped one is."""
+    if SEEDS[name] == 0 and not is_quick:
+        return load_pretrained("mnist")
+    run = runs.Run(settings(is_quick), "mnist", folder / name, SEEDS[name], quick=is_quick)
     return runs.train(run, images, resume=True).half().float()
+
+
+def settings(is_quick: bool) -> Settings:
+    """Those of the default preset."""
+    return quick(PRESETS["sparse"]) if is_quick else PRESETS["sparse"]
 
 
 def lower_capsules(model: ExpertCapsules, images: Tensor) -> Float[Tensor, "N D"]:
@@ -114,20 +117,18 @@ def principal_poses(
 
 
 def headline(measures: dict) -> dict[str, float]:
-    """The headline measures among all those of a run, which lacks some where the data set is not MNIST."""
-    found = measures | measures.get("quality", {})
-    return {key: found[key] for key in HEADLINE if key in found}
+    """The headline measures among all those of a run."""
+    found = measures | measures["quality"]
+    return {key: found[key] for key in HEADLINE}
 
 
 def summary(records: dict[str, dict]) -> dict[str, dict]:
-    """Mean and spread over the seeds of every data set that has more than one, for all headline measures."""
-    found = {}
-    for dataset in DATASETS:
-        rows = [headline(record["measures"]) for name, record in records.items() if name.rpartition("-")[0] == dataset]
-        if len(rows) > 1:
-            values = {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in rows[0]}
-            found[dataset] = {key: {"mean": v.mean().item(), "spread": v.std().item()} for key, v in values.items()}
-    return found
+    """Mean and spread of all headline measures over the runs, if there are several."""
+    rows = [headline(record["measures"]) for record in records.values()]
+    if len(rows) < 2:
+        return {}
+    values = {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in HEADLINE}
+    return {key: {"mean": each.mean().item(), "spread": each.std().item()} for key, each in values.items()}
 
 
 class Results(results.Results):
@@ -142,53 +143,50 @@ class Results(results.Results):
 
 def of_lower_capsules(model: ExpertCapsules, train: Split, test: Split, seed: int) -> dict[str, float]:
     """What can be said of images by stage 1's capsules: the purity of k-subspaces, and the principal probes."""
-    settings, splits = model.settings.encoder, (train, test)
+    chosen, splits = model.settings.encoder, (train, test)
     lower = [lower_capsules(model, images) for images, _ in splits]
-    sizes = {"clusters": settings.capsules, "dim": settings.dim}
+    sizes = {"clusters": chosen.capsules, "dim": chosen.dim}
     found = {"subspaces_purity": subspaces_purity(*lower, test[1], **sizes, seed=seed)}
     won = tuple(winner(runs.Encoded(model, images).upper) for images, _ in splits)
     for dim in PRINCIPAL:
-        poses = principal_poses(*lower, won, settings.capsules, dim)
+        poses = principal_poses(*lower, won, chosen.capsules, dim)
         found[f"principal_probe_{dim}"] = linear_probe(poses[0], train[1], poses[1], test[1])
     return found
 
 
-def measure(model: ExpertCapsules, dataset: str, seed: int, is_quick: bool) -> tuple[dict, Tensor]:
-    """All measures of a run, and pictures of its samples."""
-    train, test = (data.load(dataset, split, sample=is_quick) for split in ("train", "test"))
+def measure(model: ExpertCapsules, train: Split, test: Split, seed: int, count: int) -> tuple[dict, Tensor]:
+    """All measures of a run, those of samples for ``count`` of them, and pictures of its samples."""
     rng = torch.Generator().manual_seed(seed)
-    samples = model.decode(sample_layers(QUICK_SAMPLES if is_quick else SAMPLES, model.poses, domain="fitted", rng=rng))
-    found = evaluate(model, train, test, seed=seed, svm=dataset == "mnist")
+    samples = model.decode(sample_layers(count, model.poses, domain="fitted", rng=rng))
+    found = evaluate(model, train, test, seed=seed, svm=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         found |= of_lower_capsules(model, train, test, seed)
-    if dataset == "mnist":  # the features are a digit classifier's
-        found["quality"] = measure_samples(samples, Real(train[0], test[0], load_classifier()), rng=rng)[0]
+    found["quality"], _ = measure_samples(samples, Real(train[0], test[0], load_classifier()), rng=rng)
     return found, as_bytes(samples[:SHOWN])
 
 
 def run(found: Results, names: list[str], folder: Path) -> None:
     """Train, measure and write every run of ``names`` that ``found`` lacks; its seconds are those of measuring."""
-    settings = asdict(quick(PRESETS["sparse"]) if found.quick else PRESETS["sparse"])
+    train, test = (data.load("mnist", split, sample=found.quick) for split in ("train", "test"))
+    chosen, count = asdict(settings(found.quick)), QUICK_SAMPLES if found.quick else SAMPLES
     for name in names:
-        dataset, _, seed = name.rpartition("-")
-        if not found.holds(name, settings=settings):
-            images, _ = data.load(dataset, "train", sample=found.quick)
-            model = trained(dataset, int(seed), images, folder, found.quick)
+        if not found.holds(name, settings=chosen):
+            model = trained(name, train[0], folder, found.quick)
             started = time.monotonic()
-            measures, pictures = measure(model, dataset, int(seed), found.quick)
-            record = {"settings": settings, "seconds": round(time.monotonic() - started, 1), "measures": measures}
+            measures, pictures = measure(model, train, test, SEEDS[name], count)
+            record = {"settings": chosen, "seconds": round(time.monotonic() - started, 1), "measures": measures}
             found.add(name, record, {name: pictures})
         show(name, found.content["runs"][name]["measures"])
 
 
 def show(name: str, measures: dict) -> None:
     """One line of the table."""
-    print(f"{name:16s}{'  '.join(f'{key} {value:.4g}' for key, value in headline(measures).items())}", flush=True)
+    print(f"{name:10s}{'  '.join(f'{key} {value:.4g}' for key, value in headline(measures).items())}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    found, names = results.command_line(__doc__, NAMES, arguments, Results)
+    found, names = results.command_line(__doc__, list(SEEDS), arguments, Results)
     run(found, names, found.json.with_suffix(".runs") if found.quick else FOLDER)
 
 

@@ -12,7 +12,7 @@ import capsnb
 from capsnb import checkpoints
 from capsnb.settings import PRESETS
 from experiments import seeds
-from experiments.seeds import NAMES, main, principal_poses, subspaces_purity, summary, trained
+from experiments.seeds import HEADLINE, SEEDS, main, principal_poses, subspaces_purity, summary, trained
 
 PACKAGE = Path(capsnb.__file__).parent
 
@@ -43,22 +43,22 @@ def test_principal_poses_stand_at_the_winner_and_lie_in_the_subspace_of_what_it_
     assert train.shape == (101, 3, 3)
 
 
-def test_the_summary_is_numpys_mean_and_spread_of_the_seeds_of_a_data_set():
+def test_the_summary_is_numpys_mean_and_spread_over_the_seeds():
+    purities = [0.5, 0.9, 0.7]
     records = {
-        "mnist-0": {"measures": {"purity": 0.5, "quality": {"fid": 3.0}, "samples": {}}},
-        "mnist-1": {"measures": {"purity": 0.9, "quality": {"fid": 4.0}}},
-        "mnist-2": {"measures": {"purity": 0.7, "quality": {"fid": 8.0}}},
-        "fashion-mnist-0": {"measures": {"purity": 0.1}},
+        f"mnist-{seed}": {"measures": dict.fromkeys(HEADLINE, 1.0) | {"purity": purity, "quality": {"fid": 3.0 + seed}}}
+        for seed, purity in enumerate(purities)
     }
     found = summary(records)
-    assert list(found) == ["mnist"] and list(found["mnist"]) == ["purity", "fid"]
-    assert found["mnist"]["purity"] == pytest.approx({"mean": 0.7, "spread": np.std([0.5, 0.9, 0.7], ddof=1)})
-    assert found["mnist"]["fid"] == pytest.approx({"mean": 5.0, "spread": np.std([3.0, 4.0, 8.0], ddof=1)})
+    assert list(found) == list(HEADLINE)
+    assert found["purity"] == pytest.approx({"mean": 0.7, "spread": np.std(purities, ddof=1)})
+    assert found["fid"] == {"mean": 4.0, "spread": 1.0} and found["recall"] == {"mean": 1.0, "spread": 0.0}
+    assert summary({"mnist-1": records["mnist-1"]}) == {}
 
 
 def test_seed_0_is_the_shipped_model_and_is_not_trained(monkeypatch, small_model, tmp_path):
-    monkeypatch.setattr(seeds, "load_pretrained", {"fashion-mnist": small_model}.get)
-    assert trained("fashion-mnist", 0, torch.zeros(0, 1, 28, 28), tmp_path, False) is small_model
+    monkeypatch.setattr(seeds, "load_pretrained", {"mnist": small_model}.get)
+    assert trained("mnist-0", torch.zeros(0, 1, 28, 28), tmp_path, False) is small_model
     assert not list(tmp_path.iterdir())
 
 
@@ -75,10 +75,10 @@ def test_a_quick_run_trains_with_its_seed_rounds_to_16_bits_and_is_kept(small_se
     one, other = (content["runs"][name]["measures"] for name in ("mnist-1", "mnist-2"))
     assert one["reconstruction_mse"] != other["reconstruction_mse"]
     assert {"purity", "svm_probe", "subspaces_purity", "quality"} <= set(one)
-    assert content["summary"]["mnist"]["purity"]["mean"] == pytest.approx((one["purity"] + other["purity"]) / 2)
+    assert content["summary"]["purity"]["mean"] == pytest.approx((one["purity"] + other["purity"]) / 2)
     folder = tmp_path / "seeds.runs" / "mnist-1"
     assert checkpoints.read(folder / "model.safetensors")[1]["seed"] == 1
-    model = trained("mnist", 1, torch.zeros(1000, 1, 28, 28), tmp_path / "seeds.runs", True)  # finished: only read
+    model = trained("mnist-1", torch.zeros(1000, 1, 28, 28), tmp_path / "seeds.runs", True)  # finished: only read
     assert all(torch.equal(value, value.half().float()) for value in model.state_dict().values())
 
     monkeypatch.setattr(seeds, "trained", lambda *_: pytest.fail("a finished run was trained again"))
@@ -88,9 +88,8 @@ def test_a_quick_run_trains_with_its_seed_rounds_to_16_bits_and_is_kept(small_se
 
 def test_the_shipped_results_are_of_the_preset_and_seed_0_is_the_shipped_model():
     content = checkpoints.read_json(PACKAGE / "results" / "seeds.json")
-    assert content["quick"] is False and set(content["runs"]) <= set(NAMES)
+    assert content["quick"] is False and list(content["runs"]) == list(SEEDS)
     assert all(record["settings"] == asdict(PRESETS["sparse"]) for record in content["runs"].values())
-    for dataset in content["summary"]:
-        shipped = checkpoints.read_json(PACKAGE / "weights" / f"{dataset}.evaluation.json")["measures"]
-        assert content["runs"][f"{dataset}-0"]["measures"]["purity"] == pytest.approx(shipped["purity"], abs=1e-3)
-    assert "mnist" in content["summary"] and content["summary"] == summary(content["runs"])
+    shipped = checkpoints.read_json(PACKAGE / "weights" / "mnist.evaluation.json")["measures"]
+    assert content["runs"]["mnist-0"]["measures"]["purity"] == pytest.approx(shipped["purity"], abs=1e-3)
+    assert content["summary"] == summary(content["runs"])
