@@ -3,11 +3,13 @@ command line that all experiments share.
 """
 
 import argparse
+import hashlib
 from pathlib import Path
 
 from torch import Tensor
 
 from capsnb import checkpoints, runs
+from capsnb.pretrained import WEIGHTS
 
 
 class Results:
@@ -48,6 +50,17 @@ class Results:
     @staticmethod
     def _of(name: str, key: str) -> bool:
         return key == name or key.startswith(f"{name}/")
+
+
+def fingerprint(*names: str) -> str:
+    """What changes when a weight file of ``names`` does, or one that it shares a stage with."""
+    digest = hashlib.sha256()
+    for name in names:
+        path = WEIGHTS / f"{name}.safetensors"
+        shared = checkpoints.read(path)[1].get("autoencoder")
+        for file in (path, path.with_name(shared)) if shared else (path,):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def command_line(
