@@ -12,9 +12,9 @@ MNIST, the measures the 10,000 test images.
 The JSON holds for every run all that ``python -m capsnb evaluate --svm`` measures; "subspaces_purity", that of
 k-subspaces of the run's own lower capsules, with as many clusters as capsules; "principal_probe", the linear probe when
 every image keeps its winner, whose pose is replaced by so many principal coordinates of the lower capsules that it
-wins; and under "quality" what ``experiments.sample_quality`` measures of 10,000 samples of the fitted domain. "summary"
-holds mean and spread (standard deviation, n - 1) over seeds. The safetensors file beside it holds 40 samples of every
-run.
+wins; "all_on_probe" and "all_on_svm", the two probes when no capsule is turned off; and under "quality" what
+``experiments.sample_quality`` measures of 10,000 samples of the fitted domain. "summary" holds mean and spread
+(standard deviation, n - 1) over seeds. The safetensors file beside it holds 40 samples of every run.
 """
 
 import time
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from capsnb import data, load_pretrained, runs, squash
 from capsnb.classifier import load_classifier
-from capsnb.evaluation import contingency, evaluate, linear_probe, purity, winner
+from capsnb.evaluation import contingency, evaluate, linear_probe, purity, svm_probe, winner
 from capsnb.model import ExpertCapsules
 from capsnb.sampling import sample_layers
 from capsnb.settings import PRESETS, Settings, quick
@@ -50,7 +50,9 @@ HEADLINE = (
     "linear_probe",
     "principal_probe_16",
     "principal_probe_32",
+    "all_on_probe",
     "svm_probe",
+    "all_on_svm",
     "reconstruction_mse",
     "kmeans_purity",
     "subspaces_purity",
@@ -116,6 +118,12 @@ def principal_poses(
     return poses
 
 
+def all_poses(model: ExpertCapsules, lower: Float[Tensor, "N D"]) -> Float[Tensor, "N J d"]:
+    """The pose that each capsule would have of an image if it were the one that is on and took all couplings."""
+    W = model.encoder.W.detach()
+    return squash((lower @ W.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)).unflatten(1, W.shape[1:3]))
+
+
 def headline(measures: dict) -> dict[str, float]:
     """The headline measures among all those of a run."""
     found = measures | measures["quality"]
@@ -142,7 +150,7 @@ class Results(results.Results):
 
 
 def of_lower_capsules(model: ExpertCapsules, train: Split, test: Split, seed: int) -> dict[str, float]:
-    """What can be said of images by stage 1's capsules: the purity of k-subspaces, and the principal probes."""
+    """What stage 1's capsules can say, or all upper ones: the purity of k-subspaces, and probes of other poses."""
     chosen, splits = model.settings.encoder, (train, test)
     lower = [lower_capsules(model, images) for images, _ in splits]
     sizes = {"clusters": chosen.capsules, "dim": chosen.dim}
@@ -151,6 +159,9 @@ def of_lower_capsules(model: ExpertCapsules, train: Split, test: Split, seed: in
     for dim in PRINCIPAL:
         poses = principal_poses(*lower, won, chosen.capsules, dim)
         found[f"principal_probe_{dim}"] = linear_probe(poses[0], train[1], poses[1], test[1])
+    poses = [all_poses(model, each) for each in lower]
+    for name, probe in (("all_on_probe", linear_probe), ("all_on_svm", svm_probe)):
+        found[name] = probe(poses[0], train[1], poses[1], test[1])
     return found
 
 

@@ -10,9 +10,20 @@ from torch.testing import assert_close
 
 import capsnb
 from capsnb import checkpoints
+from capsnb.evaluation import winner
 from capsnb.settings import PRESETS
 from experiments import seeds
-from experiments.seeds import HEADLINE, SEEDS, main, principal_poses, subspaces_purity, summary, trained
+from experiments.seeds import (
+    HEADLINE,
+    SEEDS,
+    all_poses,
+    lower_capsules,
+    main,
+    principal_poses,
+    subspaces_purity,
+    summary,
+    trained,
+)
 
 PACKAGE = Path(capsnb.__file__).parent
 
@@ -41,6 +52,15 @@ def test_principal_poses_stand_at_the_winner_and_lie_in_the_subspace_of_what_it_
     alike = torch.nn.functional.normalize(inside[1][won_test == 1], dim=1)
     assert_close(test[won_test == 1, 1] @ test[won_test == 1, 1].T, alike @ alike.T)  # nor are they bent
     assert train.shape == (101, 3, 3)
+
+
+def test_the_pose_of_a_capsule_with_all_on_is_the_one_it_has_when_it_wins(small_model, digits):
+    images = digits[0][:101]
+    found, encoded = all_poses(small_model, lower_capsules(small_model, images)), small_model.encode(images)
+    won = winner(encoded)
+    rows = torch.arange(101)
+    assert len(won.unique()) > 1
+    assert_close(found[rows, won], encoded[rows, won], atol=0.02, rtol=0)  # stage 1 ran in half precision
 
 
 def test_the_summary_is_numpys_mean_and_spread_over_the_seeds():
