@@ -12,9 +12,10 @@ MNIST, the measures the 10,000 test images.
 The JSON holds for every run all that ``python -m capsnb evaluate --svm`` measures; "subspaces_purity", that of
 k-subspaces of the run's own lower capsules, with as many clusters as capsules; "principal_probe", the linear probe when
 every image keeps its winner, whose pose is replaced by so many principal coordinates of the lower capsules that it
-wins; "all_on_probe" and "all_on_svm", the two probes when no capsule is turned off; and under "quality" what
-``experiments.sample_quality`` measures of 10,000 samples of the fitted domain. "summary" holds mean and spread
-(standard deviation, n - 1) over seeds. The safetensors file beside it holds 40 samples of every run.
+wins; "all_on_probe" and "all_on_svm", the two probes when no capsule is turned off; "random_probe", the linear one of
+these with a random W; and under "quality" what ``experiments.sample_quality`` measures of 10,000 samples of the fitted
+domain. "summary" holds mean and spread (standard deviation, n - 1) over seeds. The safetensors file beside it holds 40
+samples of every run.
 """
 
 import time
@@ -51,6 +52,7 @@ HEADLINE = (
     "principal_probe_16",
     "principal_probe_32",
     "all_on_probe",
+    "random_probe",
     "svm_probe",
     "all_on_svm",
     "reconstruction_mse",
@@ -118,9 +120,8 @@ def principal_poses(
     return poses
 
 
-def all_poses(model: ExpertCapsules, lower: Float[Tensor, "N D"]) -> Float[Tensor, "N J d"]:
+def all_poses(W: Float[Tensor, "I J d e"], lower: Float[Tensor, "N D"]) -> Float[Tensor, "N J d"]:
     """The pose that each capsule would have of an image if it were the one that is on and took all couplings."""
-    W = model.encoder.W.detach()
     return squash((lower @ W.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)).unflatten(1, W.shape[1:3]))
 
 
@@ -159,8 +160,14 @@ def of_lower_capsules(model: ExpertCapsules, train: Split, test: Split, seed: in
     for dim in PRINCIPAL:
         poses = principal_poses(*lower, won, chosen.capsules, dim)
         found[f"principal_probe_{dim}"] = linear_probe(poses[0], train[1], poses[1], test[1])
-    poses = [all_poses(model, each) for each in lower]
-    for name, probe in (("all_on_probe", linear_probe), ("all_on_svm", svm_probe)):
+    W = model.encoder.W.detach()
+    noise = W.std() * torch.randn(W.shape, generator=torch.Generator().manual_seed(seed))
+    for name, weights, probe in (
+        ("all_on_probe", W, linear_probe),
+        ("all_on_svm", W, svm_probe),
+        ("random_probe", noise, linear_probe),
+    ):
+        poses = [all_poses(weights, each) for each in lower]
         found[name] = probe(poses[0], train[1], poses[1], test[1])
     return found
 
