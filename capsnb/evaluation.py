@@ -144,12 +144,17 @@ def sample_measures(
     result = {}
     for domain in ("complete", "restricted", "fitted"):
         images = single_capsule_images(model, rows, domain=domain, rng=rng)
-        result[domain] = {
-            "negative_share": is_negative(images.flatten(0, 1), real).float().mean().item(),
-            "contrast": images.flatten(2).std(2).mean().item(),
-            "variation_within_capsule": images.std(0).mean().item(),
-        }
+        result[domain] = describe_samples(images, real)
     return result
+
+
+def describe_samples(images: Float[Tensor, "rows J 1 28 28"], real: Float[Tensor, "N 1 28 28"]) -> dict[str, float]:
+    """Of samples of single capsules: the share of negatives, the mean contrast, and how much those of one differ."""
+    return {
+        "negative_share": is_negative(images.flatten(0, 1), real).float().mean().item(),
+        "contrast": images.flatten(2).std(2).mean().item(),
+        "variation_within_capsule": images.std(0).mean().item(),
+    }
 
 
 def evaluate(

@@ -5,6 +5,7 @@ poses, made in the same way for sparse and dense variants: reconstructions from 
 one that is on.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from capsnb import data, runs, squash
 from capsnb.evaluation import CLASSES, activation_measures, effective_rank, linear_probe, winner_measures
 from capsnb.model import CapsuleEncoder, ExpertCapsules
 from capsnb.sampling import Poses, one_at_a_time
-from capsnb.settings import DecoderSettings
+from capsnb.settings import DecoderSettings, EncoderSettings
 from capsnb.training import ridge_regression, train_encoder
 
 ROWS = 4  # samples of every capsule
@@ -127,6 +128,14 @@ def as_bytes(images: Float[Tensor, "N 1 28 28"]) -> Tensor:
 def one_of_each_class(labels: Int[Tensor, "N"]) -> list[int]:
     """The row of the first image of every class."""
     return [labels.tolist().index(label) for label in range(CLASSES)]
+
+
+def untrained(name: str, chosen: EncoderSettings, stage1: ExpertCapsules, seed: int) -> ExpertCapsules:
+    """A model with the autoencoder of ``stage1`` and an encoder with first weights drawn from ``seed``."""
+    torch.manual_seed(seed)
+    model = ExpertCapsules(replace(stage1.settings, preset=name, encoder=chosen))
+    model.autoencoder = stage1.autoencoder
+    return model
 
 
 def fit(name: str, model: ExpertCapsules, lower: Tensor, seed: int) -> ExpertCapsules:

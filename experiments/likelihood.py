@@ -15,7 +15,6 @@ The JSON holds the estimates. The safetensors file beside it holds "MODEL/SET", 
 nats, in 16 bits, and "MODEL/pictures", where eight chains ended, decoded by stage 1, in 8 bits.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -48,6 +47,7 @@ from capsnb.likelihood import (
 from capsnb.model import ExpertCapsules
 from capsnb.pretrained import WEIGHTS
 from experiments import results
+from experiments.common import as_bytes
 
 MODELS = ("mnist", "mnist-dense", "mnist-paper")
 NAMES = (*MODELS, "rbm")
@@ -172,8 +172,7 @@ def judge_capsules(name: str, sizes: Sizes, quick: bool, *, rng: torch.Generator
     entry["mean_length"] = {key: torch.linalg.vector_norm(x, dim=2).mean().item() for key, x in sets.items()}
     own = {key: frozen_log_likelihood(model.encoder, x) for key, x in sets.items()}
     entry["frozen"] = None if own["test"] is None else describe(own)
-    pictures = in_parts(model.image, unsquash(ends[:PICTURES]))[:, 0]
-    return entry, values | {"pictures": (255 * pictures).round().to(torch.uint8)}
+    return entry, values | {"pictures": as_bytes(in_parts(model.image, unsquash(ends[:PICTURES])))}
 
 
 def log_z_of_rbm(
@@ -237,10 +236,7 @@ def fingerprint(name: str) -> str:
     else:
         tensors = load_pretrained(name).state_dict()
         parts = [value for key, value in tensors.items() if key.startswith(("autoencoder.", "encoder."))]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return results.digest(parts)
 
 
 def run(found: Results, names: Sequence[str]) -> None:

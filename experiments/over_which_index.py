@@ -17,7 +17,6 @@ reconstructions from all capsules together, samples from the one that is on.
 import time
 from dataclasses import asdict, replace
 
-import torch
 from torch import Tensor
 
 from capsnb import load_pretrained
@@ -33,6 +32,7 @@ from experiments.common import (
     one_of_each_class,
     show,
     show_titles,
+    untrained,
 )
 from experiments.results import Results, command_line
 
@@ -51,10 +51,7 @@ VARIANTS["dense-over-lower-paper-rate"] = PRESETS["paper"].encoder
 
 def train(name: str, chosen: EncoderSettings, stage1: ExpertCapsules, lower: Tensor, seed: int) -> ExpertCapsules:
     """A model with the autoencoder of ``stage1`` and an encoder trained on the ``lower`` capsules, as in ``runs``."""
-    torch.manual_seed(seed)
-    model = ExpertCapsules(replace(stage1.settings, preset=name, encoder=chosen))
-    model.autoencoder = stage1.autoencoder
-    return fit(name, model, lower, seed)
+    return fit(name, untrained(name, chosen, stage1, seed), lower, seed)
 
 
 def run(results: Results, names: list[str]) -> None:

@@ -14,11 +14,9 @@ variant NAME its samples "NAME/DOMAIN" [3, 20, 28, 28], and "NAME/circle" and "N
 described in product_measures.py.
 """
 
-import hashlib
 import time
 from dataclasses import asdict, replace
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -30,8 +28,8 @@ from capsnb.settings import EncoderSettings
 from capsnb.strokes import MEASUREMENTS
 from experiments import product_measures as measures
 from experiments.bases import BASES
-from experiments.common import QUICK_STEPS, Split, encoded, fit, variance_left
-from experiments.results import Results, command_line
+from experiments.common import QUICK_STEPS, Split, encoded, fit, untrained, variance_left
+from experiments.results import Results, command_line, digest
 
 STAGE1 = "mnist-bias-free"  # the shipped model whose autoencoder is taken: the one that shows the paper's negatives
 VARIANTS = {
@@ -50,8 +48,7 @@ def settings_of(quick: bool) -> EncoderSettings:
 
 def facts(name: str, stage1: ExpertCapsules, quick: bool) -> dict:
     """All that decides the outcome of a variant but the seed."""
-    content = b"".join(value.contiguous().numpy().tobytes() for value in stage1.autoencoder.state_dict().values())
-    weights = hashlib.sha256(content).hexdigest()[:16]
+    weights = digest(stage1.autoencoder.state_dict().values())
     chosen = {"settings": asdict(settings_of(quick)), "space": asdict(VARIANTS[name])}
     return {**chosen, "stage1": STAGE1, "weights": weights}
 
@@ -65,9 +62,7 @@ def load(stage1: ExpertCapsules, quick: bool) -> tuple[list[Split], list[dict[st
 def train(name: str, stage1: ExpertCapsules, lower: Float[Tensor, "N I e"], results: Results) -> ExpertCapsules:
     """A model with the autoencoder of ``stage1`` and an encoder for the variant's space, trained on ``lower``."""
     settings = settings_of(results.quick)
-    torch.manual_seed(results.seed)
-    model = ExpertCapsules(replace(stage1.settings, preset=name, encoder=settings))
-    model.autoencoder = stage1.autoencoder
+    model = untrained(name, settings, stage1, results.seed)
     model.encoder = ProductEncoder(*lower.shape[1:], settings, VARIANTS[name])
     return fit(name, model, lower, results.seed)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capsnb import squash
-from capsnb.evaluation import is_negative, winner
+from capsnb.evaluation import describe_samples, winner
 from capsnb.model import ExpertCapsules
 from capsnb.product_capsules import (
     DOMAINS,
@@ -139,12 +139,7 @@ def sample_measures(
     for domain in DOMAINS:
         rng = torch.Generator().manual_seed(seed)
         images[domain] = reader.alone(sample_states(rows, model.poses, model.encoder.space, domain=domain, rng=rng))
-        drawn = images[domain] / 255
-        measures[domain] = {
-            "negative_share": is_negative(drawn.flatten(0, 1).unsqueeze(1), real).float().mean().item(),
-            "contrast": drawn.flatten(2).std(2).mean().item(),
-            "variation_within_capsule": drawn.std(0).mean().item(),
-        }
+        measures[domain] = describe_samples(images[domain].unsqueeze(2) / 255, real)
     return measures, {domain: drawn[:SHOWN] for domain, drawn in images.items()}
 
 

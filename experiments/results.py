@@ -4,6 +4,7 @@ command line that all experiments share.
 
 import argparse
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -50,6 +51,14 @@ class Results:
     @staticmethod
     def _of(name: str, key: str) -> bool:
         return key == name or key.startswith(f"{name}/")
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Sixteen letters that change when any number in the ``tensors`` does."""
+    content = hashlib.sha256()
+    for tensor in tensors:
+        content.update(tensor.contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
 
 
 def fingerprint(*names: str) -> str:

@@ -63,7 +63,6 @@ HEADLINE = (
     "recall",
 )
 
-
 Split = tuple[Tensor, Tensor]  # images and labels
 
 
@@ -80,10 +79,10 @@ def settings(is_quick: bool) -> Settings:
     return quick(PRESETS["sparse"]) if is_quick else PRESETS["sparse"]
 
 
-def lower_capsules(model: ExpertCapsules, images: Tensor) -> Float[Tensor, "N D"]:
-    """Stage 1's capsules after the squash, every image one vector."""
+def lower_capsules(model: ExpertCapsules, images: Tensor) -> Float[Tensor, "N I e"]:
+    """Stage 1's capsules before the squash."""
     rows = runs.Encoded(model, images)
-    return torch.cat([squash(rows[part]).flatten(1) for part in torch.arange(len(images)).split(500)])
+    return torch.cat([rows[part] for part in torch.arange(len(images)).split(500)])
 
 
 def subspaces_purity(
@@ -153,10 +152,11 @@ class Results(results.Results):
 def of_lower_capsules(model: ExpertCapsules, train: Split, test: Split, seed: int) -> dict[str, float]:
     """What stage 1's capsules can say, or all upper ones: the purity of k-subspaces, and probes of other poses."""
     chosen, splits = model.settings.encoder, (train, test)
-    lower = [lower_capsules(model, images) for images, _ in splits]
+    z = [lower_capsules(model, images) for images, _ in splits]
+    won = tuple(winner(runs.upper_capsules(model.encoder, each)) for each in z)
+    lower = [squash(each).flatten(1) for each in z]
     sizes = {"clusters": chosen.capsules, "dim": chosen.dim}
     found = {"subspaces_purity": subspaces_purity(*lower, test[1], **sizes, seed=seed)}
-    won = tuple(winner(runs.Encoded(model, images).upper) for images, _ in splits)
     for dim in PRINCIPAL:
         poses = principal_poses(*lower, won, chosen.capsules, dim)
         found[f"principal_probe_{dim}"] = linear_probe(poses[0], train[1], poses[1], test[1])

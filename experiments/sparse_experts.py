@@ -18,7 +18,6 @@ sparse model that ship with the book. The safetensors file beside it holds the p
 samples of every capsule alone.
 """
 
-import hashlib
 import time
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -45,9 +44,10 @@ from experiments.common import (
     one_of_each_class,
     show,
     show_titles,
+    untrained,
 )
 from experiments.ranking import AblatedEncoder, Variant, ranks, support
-from experiments.results import Results, command_line
+from experiments.results import Results, command_line, digest
 
 WHOLE, DENSE = PRESETS["sparse"].encoder, PRESETS["dense"].encoder
 BASE = replace(BASES["sparse"], sharpness=WHOLE.sharpness)
@@ -96,9 +96,7 @@ class Lessons:
 
 def build(name: str, variant: Variant, stage1: ExpertCapsules, unit: float, seed: int) -> ExpertCapsules:
     """A model to be trained, with the autoencoder of ``stage1``; where it can be, its encoder is the library's own."""
-    torch.manual_seed(seed)
-    model = ExpertCapsules(replace(stage1.settings, preset=name, encoder=variant.settings))
-    model.autoencoder = stage1.autoencoder
+    model = untrained(name, variant.settings, stage1, seed)
     if variant != Variant(variant.settings):
         model.encoder = AblatedEncoder(model.encoder, variant, unit)
     return model
@@ -151,8 +149,7 @@ def shipped_ranks(model: ExpertCapsules, test: Split) -> dict[str, dict]:
 
 def fingerprint(module: nn.Module) -> str:
     """Twelve letters that change when a weight does."""
-    content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in module.state_dict().values())
-    return hashlib.sha256(content).hexdigest()[:12]
+    return digest(module.state_dict().values())[:12]
 
 
 def run_shipped(results: Results) -> None:

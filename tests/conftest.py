@@ -8,6 +8,7 @@ import matplotlib
 import pytest
 import torch
 from make_samples import idx
+from threadpoolctl import threadpool_limits
 
 from capsnb import data, settings
 from capsnb.model import ExpertCapsules
@@ -81,3 +82,18 @@ def write_folder():
         return folder
 
     return write
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For the linear probe: on few images and a busy machine, several threads wait for each other and little else."""
+    with threadpool_limits(1, "blas"):
+        yield
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of the files that an experiment's test calls ``finished``, to go on with."""
+    for path in finished.parent.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path / finished.name

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from threadpoolctl import threadpool_limits
 from torch.testing import assert_close
 
 import capsnb
@@ -137,26 +136,11 @@ def test_pictures_of_single_capsules_are_those_of_the_decoder_whose_weights_read
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """For the linear probe: on few images and a busy machine, several threads wait for each other and little else."""
-    with threadpool_limits(1, "blas"):
-        yield
-
-
-@pytest.fixture(scope="module")
 def finished(one_thread, tmp_path_factory):
     """The results file of a quick run of two variants."""
     out = tmp_path_factory.mktemp("results") / "index.json"
     main(["--quick", "--seed", "3", "--out", str(out), "--only", "dense-inner", "sparse"])
     return out
-
-
-@pytest.fixture
-def out(finished, tmp_path):
-    """A copy of it to go on with."""
-    for path in finished.parent.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path / finished.name
 
 
 def test_a_quick_run_writes_every_measure_and_says_that_it_was_quick(finished):

@@ -139,14 +139,6 @@ def finished(tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def out(finished, tmp_path):
-    """A copy of it to go on with."""
-    for path in finished.parent.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path / finished.name
-
-
 def test_a_quick_run_writes_every_measure_and_says_that_it_was_quick(finished):
     content = json.loads(finished.read_text())
     assert content["quick"] is True and content["seed"] == 3 and "torch" in content["versions"]

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import capsnb
-from capsnb import checkpoints
+from capsnb import checkpoints, squash
 from capsnb.evaluation import winner
 from capsnb.settings import PRESETS
 from experiments import seeds
@@ -56,7 +56,7 @@ def test_principal_poses_stand_at_the_winner_and_lie_in_the_subspace_of_what_it_
 
 def test_the_pose_of_a_capsule_with_all_on_is_the_one_it_has_when_it_wins(small_model, digits):
     images = digits[0][:101]
-    found = all_poses(small_model.encoder.W.detach(), lower_capsules(small_model, images))
+    found = all_poses(small_model.encoder.W.detach(), squash(lower_capsules(small_model, images)).flatten(1))
     encoded = small_model.encode(images)
     won = winner(encoded)
     rows = torch.arange(101)

@@ -8,7 +8,6 @@ import numpy as np
 import paper
 import pytest
 import torch
-from threadpoolctl import threadpool_limits
 from torch.testing import assert_close
 
 import capsnb
@@ -310,26 +309,11 @@ def test_the_ranks_of_a_model_are_those_of_its_supports_and_explanations(small_m
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """For the linear probe: on few images and a busy machine, several threads wait for each other and little else."""
-    with threadpool_limits(1, "blas"):
-        yield
-
-
-@pytest.fixture(scope="module")
 def finished(one_thread, tmp_path_factory):
     """The results file of a quick run of two variants."""
     out = tmp_path_factory.mktemp("results") / "sparse.json"
     main(["--quick", "--out", str(out), "--only", "base", "by-standardised"])
     return out
-
-
-@pytest.fixture
-def out(finished, tmp_path):
-    """A copy of it to go on with."""
-    for path in finished.parent.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path / finished.name
 
 
 @pytest.fixture
