@@ -69,7 +69,7 @@ class Classifier(nn.Module):
         return self.output(features).softmax(1)
 
 
-def shift_at_random(images: Float[Tensor, "B 1 28 28"], most: int) -> Float[Tensor, "B 1 28 28"]:
+def shift_at_random(images: Float[Tensor, "B 1 H W"], most: int) -> Float[Tensor, "B 1 H W"]:
     """Every image moved by up to ``most`` pixels down or up and right or left, zeros coming in from outside.
 
     The moves come from torch's global generator, which training seeds anew for every update.

@@ -1,10 +1,11 @@
-"""Train what the samples are judged by: the classifier whose features are compared, and the VAE they must stand beside.
+"""Train what expert capsules are judged by: the classifier whose features are compared, and the systems beside them.
 
     python -m experiments.yardsticks classifier --out capsnb/weights/classifier-mnist.safetensors
     python -m experiments.yardsticks vae --out capsnb/weights/vae-mnist.safetensors
+    python -m experiments.yardsticks capsnet --out FILE          about two hours of one processor core
     python -m experiments.yardsticks vae --quick --out FILE      few updates on the shipped sample: only for checks
 
-Both learn from the 60,000 training images of MNIST, the classifier from their labels too. The seed (--seed) draws the
+All learn from the 60,000 training images of MNIST, all but the VAE from their labels too. The seed (--seed) draws the
 first weights and everything later. Beside the weights, in 16 bits, a file NAME.metrics.json holds settings, seconds,
 the curve, and what the finished network, in 16 bits, measures on the 10,000 test images. An interrupted run goes on
 from NAME.checkpoint.safetensors when the command is given again.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from capsnb import checkpoints, data, runs
+from capsnb.baselines.capsnet import CapsNet, CapsNetSettings, squared_error, train_capsnet, winners
 from capsnb.baselines.vae import VAE, VAESettings, divergence, train_vae
 from capsnb.classifier import Classifier, ClassifierSettings, train_classifier
 from capsnb.quality import CONFIDENT
@@ -36,7 +38,7 @@ class Yardstick(NamedTuple):
     """A network with default settings, its training on images, labels, seed and checkpoint, and its measures."""
 
     make: Callable[..., nn.Module]
-    settings: ClassifierSettings | VAESettings
+    settings: ClassifierSettings | VAESettings | CapsNetSettings
     train: Callable[..., Iterator[Step]]
     measure: Callable[[nn.Module, Tensor, Tensor], dict]
 
@@ -63,11 +65,20 @@ def measure_vae(vae: VAE, images: Tensor, labels: Tensor) -> dict:
     return {"images": len(images), "cross_entropy": cross_entropy, "divergence": total, "latent_numbers_used": used}
 
 
+def measure_capsnet(capsnet: CapsNet, images: Tensor, labels: Tensor) -> dict:
+    """The share of images whose longest capsule is the wrong one, and the squared error of what that one makes."""
+    capsules = capsnet.encode(images)
+    wrong = int((winners(capsules) != labels).sum())
+    squares = squared_error(capsnet.reconstruct(capsules), images).mean().item()
+    return {"images": len(images), "wrong": wrong, "error": wrong / len(images), "squared_error": squares}
+
+
 YARDSTICKS = {
     "classifier": Yardstick(Classifier, ClassifierSettings(), train_classifier, measure_classifier),
     "vae": Yardstick(
         VAE, VAESettings(), lambda vae, images, labels, **options: train_vae(vae, images, **options), measure_vae
     ),
+    "capsnet": Yardstick(CapsNet, CapsNetSettings(), train_capsnet, measure_capsnet),
 }
 
 
