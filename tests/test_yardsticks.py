@@ -1,4 +1,4 @@
-"""The command that trains the classifier and the VAE: what it writes, measures, and goes on with."""
+"""The command that trains the classifier, the VAE and CapsNet: what it writes, measures, and goes on with."""
 
 from dataclasses import replace
 
@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from capsnb import checkpoints
+from capsnb.baselines.capsnet import CapsNet, CapsNetSettings
 from capsnb.baselines.vae import VAE, VAESettings
 from capsnb.classifier import Classifier, ClassifierSettings
 from experiments import yardsticks
-from experiments.yardsticks import YARDSTICKS, main, measure_classifier, measure_vae
+from experiments.yardsticks import YARDSTICKS, main, measure_capsnet, measure_classifier, measure_vae
 
 SMALL = {
     "classifier": ClassifierSettings(first_channels=3, channels=5, features=7, batch=50),
     "vae": VAESettings(latent=3, channels=5, batch=50),
+    "capsnet": CapsNetSettings(channels=3, types=2, primary_dim=3, dim=5, first_hidden=7, second_hidden=11, batch=50),
 }
 
 
@@ -24,7 +26,7 @@ def small(monkeypatch):
     monkeypatch.setattr(yardsticks, "CURVE_EVERY", 3)
 
 
-@pytest.mark.parametrize("name, kind", [("classifier", Classifier), ("vae", VAE)])
+@pytest.mark.parametrize("name, kind", [("classifier", Classifier), ("vae", VAE), ("capsnet", CapsNet)])
 def test_a_quick_run_writes_weights_in_16_bits_and_their_measures_beside_them(name, kind, small, tmp_path):
     out = tmp_path / f"{name}.safetensors"
     main([name, "--quick", "--seed", "3", "--out", str(out)])
@@ -86,3 +88,17 @@ def test_the_vae_is_measured_by_both_parts_of_its_bound_and_by_the_numbers_it_us
     assert found["cross_entropy"] == pytest.approx(torch.stack(many)[:, 0].mean().item(), rel=0.01)
     assert found["divergence"] == pytest.approx(many[0][1].item(), rel=1e-5)
     assert found["latent_numbers_used"] == 2 and found["images"] == 307
+
+
+def test_capsnet_is_measured_by_the_images_it_gets_wrong_and_by_the_squared_error_of_what_it_makes(rng):
+    class Told:
+        def encode(self, images):
+            return torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4], [0.5, 0.2], [0.0, 0.7]]).unsqueeze(2)
+
+        def reconstruct(self, capsules):
+            return torch.full((5, 1, 3, 7), 0.5)
+
+    images = torch.rand(5, 1, 3, 7, generator=rng)
+    found = measure_capsnet(Told(), images, torch.tensor([1, 0, 0, 0, 0]))
+    assert (found["images"], found["wrong"], found["error"]) == (5, 2, 0.4)
+    assert found["squared_error"] == pytest.approx(sum((x - 0.5) ** 2 for x in images.flatten().tolist()) / 5, rel=1e-5)
