@@ -25,7 +25,7 @@ from capsnb.training import Step, adam, minimise
 _PART = 250  # images encoded at once, to bound memory
 _FILTER = 9  # pixels across, in both convolutions
 SHIPPED = WEIGHTS / "capsnet-mnist.safetensors"
-PERTURBATIONS = tuple(round(0.05 * step, 2) for step in range(-5, 6))  # of one number of a capsule; its figure 4
+PERTURBATIONS = tuple(round(0.05 * step, 2) for step in range(-5, 6))  # of one number of a capsule; fig. 4
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class CapsNet(nn.Module):
     def perturb(
         self, capsules: Float[Tensor, "B J d"], number: int, amounts: tuple[float, ...] = PERTURBATIONS
     ) -> Float[Tensor, "B amounts 1 H W"]:
-        """The reconstructions by the longest capsule with ``amounts`` added to one of its numbers.  Figure 4."""
+        """Reconstructions by the longest capsule with ``amounts`` added to one of its numbers.  Sabour2017, fig. 4."""
         found = winners(capsules)
         return torch.stack([self.reconstruct(added(capsules, number, amount), found) for amount in amounts], dim=1)
 
@@ -109,7 +109,7 @@ class CapsNet(nn.Module):
 def route_to_classes(
     x: Float[Tensor, "B I e"], W: Float[Tensor, "I J d e"], rounds: int
 ) -> Float[Tensor, "B J d"]:
-    """Procedure 1: a softmax over the classes, agreement by scalar product; squashed.
+    """A softmax over the classes, agreement by scalar product; squashed.  Sabour2017, procedure 1.
 
     The gradient takes the couplings as constants and so goes through the last round alone; the paper leaves this open.
     """
@@ -144,7 +144,7 @@ def added(capsules: Float[Tensor, "B J d"], number: int, amount: float) -> Float
 def margin_loss(
     lengths: Float[Tensor, "B J"], there: Bool[Tensor, "B J"], settings: CapsNetSettings
 ) -> Float[Tensor, "B"]:
-    """The squares of what capsules of classes that are there lack in length, and others have too much.  Its eq. 4."""
+    """The squares of what present classes' capsules lack in length, and others have too much.  Sabour2017, eq. 4."""
     short = (settings.present - lengths).relu().square()
     long = (lengths - settings.absent).relu().square()
     return torch.where(there, short, settings.absent_weight * long).sum(1)
@@ -156,7 +156,7 @@ def squared_error(found: Float[Tensor, "B 1 H W"], images: Float[Tensor, "B 1 H 
 
 
 def decoder(settings: CapsNetSettings) -> nn.Sequential:
-    """Three fully connected layers from the capsules to the pixels.  Figure 2."""
+    """Three fully connected layers from the capsules to the pixels.  Sabour2017, fig. 2."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(CLASSES * settings.dim, settings.first_hidden),
