@@ -101,10 +101,15 @@ def svm_probe(
 
 
 def kmeans_purity(
-    train: Float[Tensor, "N ..."], test: Float[Tensor, "M ..."], truth: Int[Tensor, "M"], *, clusters: int = 20
+    train: Float[Tensor, "N ..."],
+    test: Float[Tensor, "M ..."],
+    truth: Int[Tensor, "M"],
+    *,
+    clusters: int = 20,
+    seed: int = 0,
 ) -> float:
     """Purity on the test images of k-means fitted to the training images' pixels, the best of 5 starts."""
-    means = KMeans(clusters, n_init=5, random_state=0).fit(train.flatten(1).numpy())
+    means = KMeans(clusters, n_init=5, random_state=seed).fit(train.flatten(1).numpy())
     groups = torch.as_tensor(means.predict(test.flatten(1).numpy()), dtype=torch.long)
     return purity(contingency(groups, truth, clusters))
 
@@ -175,7 +180,7 @@ def evaluate(
         "autoencoder_mse": _autoencoder_error(model, images),
         "effective_rank": effective_rank(model.encoder.W.detach()),
         "samples": sample_measures(model, train_images[:1000], rng=rng),
-        "kmeans_purity": kmeans_purity(train_images, images, labels),
+        "kmeans_purity": kmeans_purity(train_images, images, labels, seed=seed),
     }
 
 

@@ -104,9 +104,9 @@ def start_from_subspaces(encoder: CapsuleEncoder, groups: Rows, *, seed: int) ->
     parts = batch_rows(len(groups), min(start.groups, len(groups)), 0, seed).split(50)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        some = torch.cat([squash(groups[part]).flatten(1).cpu() for part in parts[:10]])
+        some = torch.cat([squash(groups[part].float()).flatten(1).cpu() for part in parts[:10]])
         directions = subspaces.principal_directions(some, start.components)
-        codes = [F.normalize(squash(groups[part]).flatten(1).cpu() @ directions, dim=1) for part in parts]
+        codes = [F.normalize(squash(groups[part].float()).flatten(1).cpu() @ directions, dim=1) for part in parts]
     vectors = torch.cat(codes).unflatten(0, (-1, settings.views.count if settings.views else 1))
     options = {"clusters": settings.capsules, "dim": settings.dim, "tries": start.tries, "sweeps": start.sweeps}
     bases = subspaces.k_subspaces(vectors, **options, seed=seed).bases @ directions.T

@@ -3,11 +3,13 @@ command line that all experiments share.
 """
 
 import argparse
+import hashlib
 from pathlib import Path
 
 from torch import Tensor
 
 from capsnb import checkpoints, runs
+from capsnb.pretrained import WEIGHTS
 
 
 class Results:
@@ -31,12 +33,16 @@ class Results:
         return any(self._of(name, key) for key in self.arrays) and facts.items() <= record.items()
 
     def add(self, name: str, record: dict, arrays: dict[str, Tensor]) -> None:
-        """Write a finished record; its arrays first, so that numbers never stand without them.
+        """Write a finished record and its arrays.
 
-        They are called ``name``, or begin with it and a slash, and replace all earlier ones of that name.
+        These are called ``name``, or begin with it and a slash, and replace all earlier ones of that name.
         """
         self.arrays = {key: array for key, array in self.arrays.items() if not self._of(name, key)} | arrays
         self.content[self.records][name] = record
+        self.write()
+
+    def write(self) -> None:
+        """Write both files; the arrays first, so that numbers never stand without them."""
         self.content["versions"] = runs.versions()
         checkpoints.write(self.tensors, self.arrays)
         checkpoints.write_json(self.json, self.content)
@@ -44,6 +50,17 @@ class Results:
     @staticmethod
     def _of(name: str, key: str) -> bool:
         return key == name or key.startswith(f"{name}/")
+
+
+def fingerprint(*names: str) -> str:
+    """What changes when a weight file of ``names`` does, or one that it shares a stage with."""
+    digest = hashlib.sha256()
+    for name in names:
+        path = WEIGHTS / f"{name}.safetensors"
+        shared = checkpoints.read(path)[1].get("autoencoder")
+        for file in (path, path.with_name(shared)) if shared else (path,):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def command_line(

@@ -16,7 +16,6 @@ The JSON holds the measures (see capsnb.quality), and under "reference" those of
 row, and "NAME/neighbours", the training images nearest to the first 10; "test" are test images.
 """
 
-import hashlib
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capsnb import checkpoints, data, load_pretrained
+from capsnb import data, load_pretrained
 from capsnb.baselines.pca import fit_pixel_gaussian
 from capsnb.baselines.rbm import gibbs_step, hidden_probability, load_rbm, visible_probability
 from capsnb.baselines.vae import load_vae
@@ -127,13 +126,7 @@ ROWS = {
 
 def fingerprint(names: tuple[str, ...]) -> str:
     """What changes when a weight file of ``names`` does, or one that it shares a stage with, or the classifier's."""
-    digest = hashlib.sha256()
-    for name in ("classifier-mnist", *names):
-        path = WEIGHTS / f"{name}.safetensors"
-        shared = checkpoints.read(path)[1].get("autoencoder")
-        for file in (path, path.with_name(shared)) if shared else (path,):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    return results.fingerprint("classifier-mnist", *names)
 
 
 class Real:

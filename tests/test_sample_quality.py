@@ -11,7 +11,7 @@ from capsnb.baselines.rbm import RBM
 from capsnb.baselines.vae import VAE, VAESettings
 from capsnb.classifier import load_classifier
 from capsnb.sampling import sample_poses
-from experiments import sample_quality
+from experiments import results, sample_quality
 from experiments.sample_quality import (
     ROWS,
     Real,
@@ -107,7 +107,7 @@ def test_pictures_are_the_first_samples_and_the_training_images_nearest_to_them(
 
 
 def test_the_fingerprint_of_a_row_changes_with_its_weights_a_shared_stage_and_the_classifier(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_quality, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(results, "WEIGHTS", tmp_path)
 
     def write(name, value, **facts):
         checkpoints.write(tmp_path / f"{name}.safetensors", {"w": torch.tensor([value])}, **facts)
