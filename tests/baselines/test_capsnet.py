@@ -2,11 +2,8 @@
 
 from dataclasses import replace
 
-import numpy as np
-import paper
 import pytest
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from torch.testing import assert_close
 
 from capsnb.baselines.capsnet import (
@@ -17,11 +14,10 @@ from capsnb.baselines.capsnet import (
     load_capsnet,
     margin_loss,
     mask,
-    route_to_classes,
-    squared_error,
     train_capsnet,
     winners,
 )
+from capsnb.baselines.capsule_network import route_with_gradient
 from capsnb.capsules import squash
 from capsnb.evaluation import CLASSES
 
@@ -40,36 +36,6 @@ def test_the_network_has_the_sizes_of_the_paper_and_so_its_8_2_million_parameter
     network = CapsNet()
     assert network.W.shape == (32 * 6 * 6, 10, 16, 8)
     assert sum(tensor.numel() for tensor in network.parameters()) == 8_215_568
-
-
-@pytest.mark.parametrize("rounds", [1, 2, 3, 5])
-def test_routing_is_procedure_1_written_as_loops(double, rounds):
-    x, W = squash(double(B, I, E)), double(I, J, D, E)
-    z = paper.each_image(lambda x: paper.routing(x, W.numpy(), rounds, "upper", "inner")[1], x)
-    assert_close(route_to_classes(x, W, rounds), torch.stack([squash(capsules) for capsules in z]))
-
-
-def test_the_gradient_is_that_of_the_last_round_with_its_couplings_as_constants(double):
-    x, W, upstream = squash(double(B, I, E)).requires_grad_(), double(I, J, D, E).requires_grad_(), double(B, J, D)
-    found = torch.autograd.grad(route_to_classes(x, W, 3), (x, W), upstream)
-    coupling = paper.each_image(lambda x: paper.routing(x, W.detach().numpy(), 3, "upper", "inner")[0], x.detach())
-    z = torch.einsum("bij,ijde,bie->bjd", coupling, W, x)
-    assert_close(found, torch.autograd.grad(squash(z), (x, W), upstream))
-
-
-def test_primary_capsules_are_two_layers_of_filters_written_as_sums(digits):
-    network, images = small().double(), digits[0][:2].double()
-    parameters = {name: tensor.detach().numpy() for name, tensor in network.convolutions.named_parameters()}
-    windows = sliding_window_view(images[:, 0].numpy(), (9, 9), axis=(1, 2))
-    first = np.einsum("byxuv,cuv->bcyx", windows, parameters["0.weight"][:, 0]) + parameters["0.bias"][:, None, None]
-    windows = sliding_window_view(np.maximum(first, 0), (9, 9), axis=(2, 3))[:, :, ::2, ::2]
-    second = np.einsum("bcyxuv,kcuv->bkyx", windows, parameters["2.weight"]) + parameters["2.bias"][:, None, None]
-    found = network.lower_capsules(images).double()
-    for image in range(2):
-        for place in range(36):
-            for kind in range(2):
-                z = second[image, 3 * kind : 3 * kind + 3, place // 6, place % 6]
-                assert_close(found[image, 2 * place + kind], torch.as_tensor(paper.squash(z)), rtol=1e-5, atol=1e-8)
 
 
 def test_the_margin_loss_is_equation_4_of_the_paper_written_as_loops(rng):
@@ -147,13 +113,6 @@ def test_the_perturbations_of_the_paper_are_steps_of_0_05_within_a_quarter():
     assert PERTURBATIONS == (-0.25, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
 
 
-def test_images_in_parts_have_the_capsules_of_images_together(digits, monkeypatch):
-    network = small().eval()
-    together = network.encode(digits[0][:17])
-    monkeypatch.setattr("capsnb.baselines.capsnet._PART", 5)
-    assert_close(network.encode(digits[0][:17]), together)
-
-
 def test_images_of_36_pixels_have_primary_capsules_at_10_times_10_positions(rng):
     network, images = small(size=36), torch.rand(2, 1, 36, 36, generator=rng)
     assert len(network.W) == 100 * 2
@@ -172,7 +131,7 @@ def test_zero_tiny_and_huge_votes_and_single_capsules_have_finite_capsules_and_g
     x[0] = 0
     x.requires_grad_()
     W.requires_grad_()
-    capsules = route_to_classes(x, W, 3)
+    capsules = squash(route_with_gradient(x, W, 3).z)
     there = torch.zeros(B, upper, dtype=torch.bool)
     there[:, 0] = True
     loss = margin_loss(class_lengths(capsules), there, SMALL).sum() + capsules.sum()
@@ -223,13 +182,6 @@ def test_images_of_another_range_or_size_are_refused(digits):
         small(size=36).encode(digits[0])
     with pytest.raises(ValueError, match="36, 36"):
         next(train_capsnet(small(size=36), *digits, seed=0))
-
-
-def test_the_squared_error_is_a_sum_over_pixels(double):
-    found, images = double(3, 1, 5, 7), double(3, 1, 5, 7)
-    pairs = zip(found.flatten(1).tolist(), images.flatten(1).tolist())
-    expected = torch.tensor([sum((a - b) ** 2 for a, b in zip(*pair)) for pair in pairs], dtype=torch.float64)
-    assert_close(squared_error(found, images), expected)
 
 
 def test_a_file_that_is_not_there_says_so(tmp_path):
