@@ -31,10 +31,22 @@ def explanation(x: Float[Tensor, "B I e"], W: Float[Tensor, "I J d e"]) -> Float
     return torch.stack(cosines, dim=1) / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=1e-8)
 
 
+def support(coupling: Float[Tensor, "B I J"], positions: int) -> Float[Tensor, "B J"]:
+    """ψ_j: the largest coupling of the lower capsules at one position, summed over all positions.  Rawlinson 2018.
+
+    The lower capsules of a position must be neighbours, as ``to_capsules`` puts them.
+    """
+    return coupling.unflatten(1, (positions, -1)).amax(2).sum(1)
+
+
+def rank(score: Float[Tensor, "B J"]) -> Float[Tensor, "B J"]:
+    """How many capsules of the image score higher: 0 for the highest; of equals one comes first.  Rawlinson 2018."""
+    return score.argsort(dim=1, descending=True).argsort(dim=1).to(score)
+
+
 def rank_mask(score: Float[Tensor, "B J"], gamma: float, cut: float) -> Float[Tensor, "B J"]:
     """exp(-gamma rank/(J - 1)), rank 0 the highest score; values below ``cut`` are 0.  Rawlinson 2018, eq. 3."""
-    rank = score.argsort(dim=1, descending=True).argsort(dim=1).to(score)
-    mask = torch.exp(-gamma * rank / max(score.shape[1] - 1, 1))
+    mask = torch.exp(-gamma * rank(score) / max(score.shape[1] - 1, 1))
     return torch.where(mask < cut, 0, mask)
 
 

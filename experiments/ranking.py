@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from capsnb.model import GRID, CapsuleEncoder
 from capsnb.routing import RoutingState
 from capsnb.settings import EncoderSettings
-from capsnb.sparsity import explanation, share_out
+from capsnb.sparsity import explanation, share_out, support
 
+POSITIONS = GRID[0] * GRID[1]  # of lower capsules
 MEMORY = 0.99  # of the running mean and deviation in the standardised agreement
 
 
@@ -22,15 +23,10 @@ class Variant(NamedTuple):
     shared_out: bool = True
 
 
-def support(coupling: Float[Tensor, "B I J"]) -> Float[Tensor, "B J"]:
-    """ψ_j: the largest coupling of the lower capsules at one position, summed over all positions.  Rawlinson 2018."""
-    return coupling.unflatten(1, (GRID[0] * GRID[1], -1)).amax(2).sum(1)
-
-
 SCORES = {
     "explanation": lambda x, W, routed: explanation(x, W),
     "length": lambda x, W, routed: torch.linalg.vector_norm(routed.z, dim=2),
-    "support": lambda x, W, routed: support(routed.coupling),
+    "support": lambda x, W, routed: support(routed.coupling, POSITIONS),
     "agreement": lambda x, W, routed: routed.agreement,
     "standardised": lambda x, W, routed: routed.agreement,
 }

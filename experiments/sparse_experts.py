@@ -30,7 +30,7 @@ from capsnb import checkpoints, load_pretrained, runs, squash
 from capsnb.model import ExpertCapsules
 from capsnb.pretrained import WEIGHTS
 from capsnb.settings import PRESETS, EncoderSettings, quick
-from capsnb.sparsity import explanation
+from capsnb.sparsity import explanation, support
 from capsnb.training import Rows
 from capsnb.views import Views
 from experiments.bases import BASES
@@ -46,7 +46,7 @@ from experiments.common import (
     show_titles,
     untrained,
 )
-from experiments.ranking import AblatedEncoder, Variant, ranks, support
+from experiments.ranking import POSITIONS, AblatedEncoder, Variant, ranks
 from experiments.results import Results, command_line, digest
 
 WHOLE, DENSE = PRESETS["sparse"].encoder, PRESETS["dense"].encoder
@@ -142,7 +142,7 @@ def shipped_ranks(model: ExpertCapsules, test: Split) -> dict[str, dict]:
     found = {"support": [], "explanation": []}
     for part in test.lower.split(250):
         x = squash(part.float())
-        found["support"].append(support(model.encoder.route(x).coupling))
+        found["support"].append(support(model.encoder.route(x).coupling, POSITIONS))
         found["explanation"].append(explanation(x, model.encoder.W))
     return {name: ranks(torch.cat(scores)) for name, scores in found.items()}
 

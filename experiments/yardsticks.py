@@ -1,13 +1,15 @@
-"""Train what the samples are judged by: the classifier whose features are compared, and the VAE they must stand beside.
+"""Train what expert capsules are judged by: the classifier whose features are compared, and the systems beside them.
 
     python -m experiments.yardsticks classifier --out capsnb/weights/classifier-mnist.safetensors
     python -m experiments.yardsticks vae --out capsnb/weights/vae-mnist.safetensors
+    python -m experiments.yardsticks capsnet --out FILE          about two hours of one processor core
+    python -m experiments.yardsticks sparse-capsules --out FILE  as long; dense-capsules is the same without the mask
     python -m experiments.yardsticks vae --quick --out FILE      few updates on the shipped sample: only for checks
 
-Both learn from the 60,000 training images of MNIST, the classifier from their labels too. The seed (--seed) draws the
-first weights and everything later. Beside the weights, in 16 bits, a file NAME.metrics.json holds settings, seconds,
-the curve, and what the finished network, in 16 bits, measures on the 10,000 test images. An interrupted run goes on
-from NAME.checkpoint.safetensors when the command is given again.
+All learn from the 60,000 training images of MNIST, the classifier and CapsNet from their labels too. The seed (--seed)
+draws the first weights and everything later. Beside the weights, in 16 bits, a file NAME.metrics.json holds settings,
+seconds, the curve, and what the finished network, in 16 bits, measures on the 10,000 test images. An interrupted run
+goes on from NAME.checkpoint.safetensors when the command is given again.
 """
 
 import argparse
@@ -22,10 +24,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from capsnb import checkpoints, data, runs
+from capsnb.baselines.capsnet import CapsNet, CapsNetSettings, train_capsnet, winners
+from capsnb.baselines.capsule_network import NetworkSettings, squared_error
+from capsnb.baselines.sparse_capsules import SparseCapsules, SparseCapsulesSettings, train_sparse_capsules
 from capsnb.baselines.vae import VAE, VAESettings, divergence, train_vae
 from capsnb.classifier import Classifier, ClassifierSettings, train_classifier
+from capsnb.evaluation import linear_probe, winner_measures
 from capsnb.quality import CONFIDENT
 from capsnb.training import Step
+from experiments.ranking import ranks
 
 CURVE_EVERY = 20  # updates between two points of the curve
 QUICK_EPOCHS = 0.5
@@ -33,12 +40,15 @@ USED = 0.01  # nats of divergence from N(0, 1), a mean over images, above which 
 
 
 class Yardstick(NamedTuple):
-    """A network with default settings, its training on images, labels, seed and checkpoint, and its measures."""
+    """A network with default settings, its training on images, labels, seed and checkpoint, and its measures.
+
+    These are of the test images and labels, but ``measure`` is given the training images and labels before them.
+    """
 
     make: Callable[..., nn.Module]
-    settings: ClassifierSettings | VAESettings
+    settings: ClassifierSettings | VAESettings | NetworkSettings
     train: Callable[..., Iterator[Step]]
-    measure: Callable[[nn.Module, Tensor, Tensor], dict]
+    measure: Callable[[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]], dict]
 
 
 def measure_classifier(classifier: Classifier, images: Tensor, labels: Tensor) -> dict:
@@ -63,11 +73,56 @@ def measure_vae(vae: VAE, images: Tensor, labels: Tensor) -> dict:
     return {"images": len(images), "cross_entropy": cross_entropy, "divergence": total, "latent_numbers_used": used}
 
 
+def measure_capsnet(capsnet: CapsNet, images: Tensor, labels: Tensor) -> dict:
+    """The share of images whose longest capsule is the wrong one, and the squared error of what that one makes."""
+    capsules = capsnet.encode(images)
+    wrong = int((winners(capsules) != labels).sum())
+    squares = squared_error(capsnet.reconstruct(capsules), images).mean().item()
+    return {"images": len(images), "wrong": wrong, "error": wrong / len(images), "squared_error": squares}
+
+
+def measure_sparse_capsules(
+    network: SparseCapsules, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
+) -> dict:
+    """What the masked capsules v' tell of the images, who wins and comes first, and a probe of v without the mask.
+
+    "support" and "boosted" hold what Rawlinson 2018 plot in their figures 3 and 4, of the support and times its boost.
+    """
+    (known, known_labels), (images, labels) = train, test
+    taught, latent = network.latent(known), network.latent(images)
+    capsules = network.masked(latent)
+    squares = torch.cat([squared_error(network.decode(c), x) for c, x in zip(capsules.split(250), images.split(250))])
+    return {
+        "images": len(images),
+        "squared_error": squares.mean().item(),
+        **winner_measures(capsules, labels),
+        "linear_probe": linear_probe(network.masked(taught), known_labels, capsules, labels),
+        "linear_probe_unmasked": linear_probe(taught.capsules, known_labels, latent.capsules, labels),
+        "boost": network.lifetime.boost.tolist(),
+        "support": ranks(latent.support),
+        "boosted": ranks(network.lifetime.score(latent.support)),
+    }
+
+
+def on_test(measure: Callable[[nn.Module, Tensor, Tensor], dict]) -> Callable[..., dict]:
+    """A measure that needs no training images."""
+    return lambda network, train, test: measure(network, *test)
+
+
+def without_labels(train: Callable[..., Iterator[Step]]) -> Callable[..., Iterator[Step]]:
+    """Training that is given labels and does not look at them."""
+    return lambda network, images, labels, **options: train(network, images, **options)
+
+
+CAPSULES = Yardstick(
+    SparseCapsules, SparseCapsulesSettings(), without_labels(train_sparse_capsules), measure_sparse_capsules
+)
 YARDSTICKS = {
-    "classifier": Yardstick(Classifier, ClassifierSettings(), train_classifier, measure_classifier),
-    "vae": Yardstick(
-        VAE, VAESettings(), lambda vae, images, labels, **options: train_vae(vae, images, **options), measure_vae
-    ),
+    "classifier": Yardstick(Classifier, ClassifierSettings(), train_classifier, on_test(measure_classifier)),
+    "vae": Yardstick(VAE, VAESettings(), without_labels(train_vae), on_test(measure_vae)),
+    "capsnet": Yardstick(CapsNet, CapsNetSettings(), train_capsnet, on_test(measure_capsnet)),
+    "sparse-capsules": CAPSULES,
+    "dense-capsules": CAPSULES._replace(settings=SparseCapsulesSettings(gamma=0.0)),
 }
 
 
@@ -101,7 +156,7 @@ def run(name: str, out: Path, *, quick: bool, seed: int) -> dict:
     record = follow(yardstick.train(network, *train, seed=seed, checkpoint=checkpoint), name, metrics, facts)
     halves = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
     network.load_state_dict(halves)
-    record |= {"versions": runs.versions(), "test": yardstick.measure(network.eval(), *test)}
+    record |= {"versions": runs.versions(), "test": yardstick.measure(network.eval(), train, test)}
     checkpoints.write(out, halves, **facts)
     checkpoints.write_json(metrics, record)
     checkpoint.unlink()

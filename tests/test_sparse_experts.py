@@ -15,10 +15,11 @@ from capsnb import checkpoints, load_pretrained, runs, squash, views
 from capsnb.model import CapsuleEncoder, ExpertCapsules
 from capsnb.routing import RoutingState
 from capsnb.settings import PRESETS, EncoderSettings, SparsitySettings
+from capsnb.sparsity import support
 from experiments import sparse_experts
 from experiments.bases import BASES
 from experiments.common import QUICK_STEPS, TABLE, Split
-from experiments.ranking import MEMORY, SCORES, AblatedEncoder, Standardised, Variant, ranks, support
+from experiments.ranking import MEMORY, POSITIONS, SCORES, AblatedEncoder, Standardised, Variant, ranks
 from experiments.results import Results
 from experiments.sparse_experts import (
     VARIANTS,
@@ -227,13 +228,8 @@ def test_scored_by_length_a_capsule_counts_as_long_as_it_is_before_the_squash(ro
             assert found[b, j].item() == pytest.approx(np.sqrt(np.sum(z[j] ** 2)))
 
 
-def test_the_support_is_the_largest_coupling_at_each_position_summed_over_the_positions(routed):
-    coupling = routed[2].coupling
-    for b in range(B):
-        for j in range(J):
-            expected = sum(max(coupling[b, 2 * place + k, j].item() for k in range(2)) for place in range(36))
-            assert support(coupling)[b, j].item() == pytest.approx(expected)
-    assert_close(SCORES["support"](*routed), support(coupling))
+def test_scored_by_support_a_capsule_counts_by_the_largest_coupling_at_each_of_36_positions(routed):
+    assert_close(SCORES["support"](*routed), support(routed[2].coupling, 36))
 
 
 def test_the_lower_capsules_of_one_position_are_neighbours(small_model, digits):
@@ -299,7 +295,7 @@ def test_the_ranks_of_a_model_are_those_of_its_supports_and_explanations(small_m
     lower = small_model.lower_preactivations(digits[0][:307]).detach()
     found = shipped_ranks(small_model, Split(digits[0][:307], digits[1][:307], lower))
     x = squash(lower)
-    assert found["support"] == ranks(support(small_model.encoder.route(x).coupling))
+    assert found["support"] == ranks(support(small_model.encoder.route(x).coupling, POSITIONS))
     expected = ranks(SCORES["explanation"](x, small_model.encoder.W.detach(), None))
     assert found["explanation"]["rank_frequency"] == expected["rank_frequency"]
     assert np.allclose(found["explanation"]["share_of_largest"], expected["share_of_largest"])

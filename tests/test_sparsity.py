@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from capsnb import squash
 from capsnb.settings import SparsitySettings
-from capsnb.sparsity import Sparsity, explanation, rank_mask, share_out
+from capsnb.sparsity import Sparsity, explanation, rank, rank_mask, share_out, support
 
 B, I, J = 3, 11, 7  # noqa: E741
 STEPS = 40
@@ -38,6 +38,25 @@ def test_the_explanation_is_the_cosine_with_the_model_phase_of_one_capsule_alone
             sent_back, image = alone[b][j].ravel(), x[b].numpy().ravel()
             cosine = sent_back @ image / np.sqrt(sent_back @ sent_back) / np.sqrt(image @ image)
             assert_close(explanation(x, W)[b, j].item(), cosine)
+
+
+def test_the_support_is_the_largest_coupling_at_each_position_summed_over_the_positions(double):
+    coupling = double(B, 5 * 2, J).softmax(2)
+    found = support(coupling, 5)
+    for b in range(B):
+        for j in range(J):
+            expected = sum(max(coupling[b, 2 * place + k, j].item() for k in range(2)) for place in range(5))
+            assert found[b, j].item() == pytest.approx(expected)
+
+
+def test_the_rank_of_a_capsule_is_the_number_of_capsules_that_score_higher(double):
+    score = double(B, J)
+    expected = [[sum(other > own for other in row) for own in row] for row in score.tolist()]
+    assert rank(score).tolist() == expected
+
+
+def test_of_equal_scores_one_alone_comes_first():
+    assert rank(torch.zeros(B, J)).sort(1).values.tolist() == [list(range(J))] * B
 
 
 def test_the_rank_mask_is_rawlinsons_equation_3_written_as_loops(double):
