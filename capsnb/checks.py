@@ -32,9 +32,9 @@ def require_choice(value: str, choices, name: str) -> None:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
 
 
-def require_images(images: Tensor) -> None:
-    """Raise ValueError unless ``images`` is [B, 1, 28, 28], floating point, finite and within [0, 1]."""
-    require_shape(images, (None, 1, 28, 28), "images", "[batch, 1, 28, 28]")
+def require_images(images: Tensor, size: int = 28) -> None:
+    """Raise ValueError unless ``images`` is [B, 1, size, size], floating point, finite and within [0, 1]."""
+    require_shape(images, (None, 1, size, size), "images", f"[batch, 1, {size}, {size}]")
     require_floats(images=images)
     require_finite(images=images)
     if images.numel() and (images.min() < 0 or images.max() > 1):

@@ -69,13 +69,15 @@ class Classifier(nn.Module):
         return self.output(features).softmax(1)
 
 
-def shift_at_random(images: Float[Tensor, "B 1 28 28"], most: int) -> Float[Tensor, "B 1 28 28"]:
+def shift_at_random(
+    images: Float[Tensor, "B 1 H W"], most: int, *, rng: torch.Generator | None = None
+) -> Float[Tensor, "B 1 H W"]:
     """Every image moved by up to ``most`` pixels down or up and right or left, zeros coming in from outside.
 
-    The moves come from torch's global generator, which training seeds anew for every update.
+    Without ``rng`` the moves come from torch's global generator, which training seeds anew for every update.
     """
     windows = F.pad(images, [most] * 4).unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
-    down, right = torch.randint(2 * most + 1, (2, len(images)))
+    down, right = torch.randint(2 * most + 1, (2, len(images)), generator=rng)
     return windows[torch.arange(len(images)), :, down, right]
 
 
