@@ -16,7 +16,7 @@ from torch.nn import functional as F
 MATRIX = 4, 4
 POSE = 16
 _LEAST_VARIANCE = 1e-6  # of votes that agree fully, as those of a single lower capsule do; ours
-_LEAST_DATA = 1e-8  # lower capsules assigned to an upper one, so that none at all give a pose of zeros; ours
+_LEAST_DATA = 1e-8  # of a lower capsule, spread evenly: where none is assigned the pose is the mean vote; ours
 
 
 class Round(NamedTuple):
@@ -27,10 +27,11 @@ class Round(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """Poses and activations of the upper capsules, and every round if they were asked for."""
+    """Poses and activations of the upper capsules, the activations' logits, and every round if they were asked for."""
 
     poses: Float[Tensor, "B P J H"]
     activations: Float[Tensor, "B P J"]
+    logits: Float[Tensor, "B P J"]
     history: tuple[Round, ...]
 
 
@@ -77,7 +78,7 @@ def em_routing(
         if history:
             distances = found.squares.detach().sum(-1).sqrt()
             steps.append(Round(shares.detach().transpose(2, 3), distances.transpose(2, 3)))
-    return Routed(found.mean, found.logit.sigmoid(), tuple(steps))
+    return Routed(found.mean, found.logit.sigmoid(), found.logit, tuple(steps))
 
 
 def inverse_temperature(done: int, final_lambda: float) -> float:
@@ -95,7 +96,7 @@ def m_step(
 ) -> Gaussians:
     """Mean and variance of the votes for every upper capsule, each counted as far as its ``data`` say.  Hinton2018."""
     total = data.sum(-1)
-    weights = (data / total.clamp_min(_LEAST_DATA).unsqueeze(-1)).unsqueeze(-2)
+    weights = ((data + _LEAST_DATA / data.shape[-1]) / (total + _LEAST_DATA).unsqueeze(-1)).unsqueeze(-2)
     mean = weights @ votes
     squares = (votes - mean).square()
     variance = (weights @ squares).squeeze(-2).clamp_min(_LEAST_VARIANCE)

@@ -9,6 +9,7 @@ from capsnb.baselines.em_routing import coordinates, em_routing, inverse_tempera
 
 B, P, I, J, H, N = 2, 3, 11, 7, 5, 23  # noqa: E741
 TOGETHER = torch.tensor([[*range(11)], [3, 1, 20, 19, 18, 17, 16, 15, 14, 13, 12], [*range(1, 22, 2)]])
+NEARLY = {"rtol": 1e-5, "atol": 1e-6}  # the library spreads 1e-8 of a lower capsule evenly
 
 
 def procedure_1(votes, activations, beta_u, beta_a, rounds, final_lambda, cost_scale, children):
@@ -74,11 +75,11 @@ def test_routing_is_the_procedure_of_the_slides_written_as_loops(case, rounds, c
     for image in range(B):
         arrays = (part.numpy() for part in (votes[image], activations[image], beta_u, beta_a))
         mean, active, history = procedure_1(*arrays, **options, children=expected_children)
-        assert_close(found.poses[image], torch.as_tensor(mean))
-        assert_close(found.activations[image], torch.as_tensor(active))
+        assert_close(found.poses[image], torch.as_tensor(mean), **NEARLY)
+        assert_close(found.activations[image], torch.as_tensor(active), **NEARLY)
         for step, (assignments, distances) in zip(found.history, history):
-            assert_close(step.assignments[image], torch.as_tensor(assignments))
-            assert_close(step.distances[image], torch.as_tensor(distances))
+            assert_close(step.assignments[image], torch.as_tensor(assignments), **NEARLY)
+            assert_close(step.distances[image], torch.as_tensor(distances), **NEARLY)
 
 
 def test_without_history_the_result_is_the_same_and_no_round_is_kept(case):
@@ -184,4 +185,4 @@ def test_absent_lower_capsules_do_not_count(case):
     present = [0, 2, 4, 5, 6, 7, 8, 9, 10]
     whole = em_routing(votes, activations, *betas)
     rest = em_routing(votes[:, :, present], activations[:, present], *betas)
-    assert_close(whole[:2], rest[:2])
+    assert_close(whole[:2], rest[:2], **NEARLY)

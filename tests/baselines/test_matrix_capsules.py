@@ -118,12 +118,14 @@ def test_the_training_loss_is_the_spread_loss_of_class_activations_with_the_marg
     assert network.updates == 3
 
 
-def test_images_in_parts_have_the_capsules_of_images_together(digits, monkeypatch):
-    network = small().eval()
-    together = network.encode(digits[0][:17])
+def test_images_in_parts_have_the_capsules_and_the_history_of_images_together(digits, monkeypatch):
+    network, images = small().double().eval(), digits[0][:17].double()
+    together, routed = network.encode(images), network.class_capsules(images, history=True)
     assert [part.shape for part in together] == [(17, 10, 16), (17, 10)]
     monkeypatch.setattr("capsnb.baselines.matrix_capsules._PART", 5)
-    assert_close(network.encode(digits[0][:17]), together)
+    monkeypatch.setattr("capsnb.baselines.matrix_capsules._ROUTED", 2)
+    assert_close(network.encode(images), together)
+    assert_close(network.class_capsules(images, history=True), routed)
 
 
 def test_the_history_of_the_class_capsules_has_a_vote_of_every_capsule_below(digits):
@@ -145,6 +147,29 @@ def test_training_lowers_the_loss_at_a_fixed_margin_and_ends_in_evaluation_mode(
     assert not network.training and network.updates == 40
 
 
+def test_balancing_makes_half_of_the_capsules_of_a_type_active(digits):
+    network, images = small(rounds=1).double(), digits[0][:101].double()
+    with torch.no_grad():
+        for layer in (network.first, network.second, network.last):
+            layer.beta_a.normal_(3.0, 10.0)
+    network.balance(images)
+    capsules = network.primary_capsules(images)
+    for layer in (network.first, network.second, network.last):
+        activations = layer(*capsules).activations.flatten(0, 1)
+        assert ((activations > 0.5).double().mean(0) - 0.5).abs().max() < 0.01
+        capsules = [part.flatten(1, 2) for part in layer(*capsules)[:2]]
+
+
+def test_training_begins_with_balanced_activations_and_does_not_balance_again(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("capsnb.training._SECONDS_BETWEEN_CHECKPOINTS", -1)
+    balanced, network, images = [], small(), digits[0][:57]
+    monkeypatch.setattr(network, "balance", balanced.append)
+    for _ in range(2):
+        next(iter(train_em_routing(network, images, digits[1][:57], seed=3, checkpoint=tmp_path / "run")))
+    assert len(balanced) == 1
+    assert torch.equal(balanced[0], images[batch_rows(57, 11, 0, 3)])
+
+
 def test_training_that_was_interrupted_ends_with_the_same_weights_and_margin(digits, tmp_path, monkeypatch):
     monkeypatch.setattr("capsnb.training._SECONDS_BETWEEN_CHECKPOINTS", -1)
     images, labels = digits[0][:57], digits[1][:57]
@@ -157,7 +182,7 @@ def test_training_that_was_interrupted_ends_with_the_same_weights_and_margin(dig
     whole = train(small(shift=2), tmp_path / "whole", 99)
     train(small(shift=2), tmp_path / "parts", 2)
     assert_close(train(small(shift=2), tmp_path / "parts", 99), whole, rtol=0, atol=0)
-    assert whole["updates"] == 5 and len(batch_rows(57, 11, 0, 1)) == 11
+    assert whole["updates"] == 5
 
 
 def test_images_of_another_range_or_size_are_refused(digits):
