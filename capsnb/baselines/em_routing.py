@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from capsnb.checks import require_shape
+
 MATRIX = 4, 4
 POSE = 16
 _LEAST_VARIANCE = 1e-6  # of votes that agree fully, as those of a single lower capsule do; ours
@@ -61,11 +63,15 @@ def em_routing(
     ``children`` numbers the lower capsules that vote at every position; without it there is one position and all vote.
     Each lower capsule is shared among all upper capsules that see it, at all positions. ``beta_u``, ``beta_a``: the
     price of coding a number of a vote, and that of not being there, in nats; ``cost_scale`` multiplies the first.
-    ``history`` gives every round, without gradient. Votes must lie within 1e12.
-    Hinton2018, procedure 1 (the slides write beta_u as beta_v).
+    ``history`` gives every round, without gradient. Votes must lie within 1e12. Raises ValueError for votes of another
+    shape than the rest has, and for rounds < 1.  Hinton2018, procedure 1 (the slides write beta_u as beta_v).
     """
     if children is None:
-        children = torch.arange(votes.shape[2], device=votes.device).unsqueeze(0)
+        children = torch.arange(activations.shape[1], device=votes.device).unsqueeze(0)
+    shape = len(activations), *children.shape, len(beta_u), None
+    require_shape(votes, shape, "votes", "[batch, positions, lower, upper, numbers]")
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}, expected at least 1")
     votes = votes.transpose(2, 3).contiguous()
     present = activations[:, children].unsqueeze(2)
     parents = torch.bincount(children.flatten(), minlength=activations.shape[1])[children] * votes.shape[2]

@@ -159,6 +159,14 @@ def test_coordinates_are_added_to_the_first_two_numbers_of_the_last_column():
         assert_close(added[row, column, kind], expected)
 
 
+def test_votes_that_do_not_fit_and_no_rounds_are_refused(case):
+    votes, activations, *betas = case
+    with pytest.raises(ValueError, match=r"votes has shape \(2, 3, 11, 7, 5\), expected \(2, 1, 23, 7, any\)"):
+        em_routing(votes, activations, *betas)
+    with pytest.raises(ValueError, match="rounds is 0, expected at least 1"):
+        em_routing(votes, activations, *betas, children=TOGETHER, rounds=0)
+
+
 # Numbers at their limits
 
 
