@@ -1,4 +1,4 @@
-"""Images: the torchvision data sets, a folder of IDX files, and the small real sample that ships with capsnb."""
+"""Images: torchvision's data sets, smallNORB, a folder of IDX files, the small real sample that ships with capsnb."""
 
 import gzip
 import os
@@ -12,30 +12,37 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
+from capsnb import small_norb
+
 _CLASSES = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
 _SAMPLES = Path(__file__).parent / "samples"
 _PREFIX = {"train": "train", "test": "t10k"}
 _READER_ERRORS = (AssertionError, ValueError, KeyError, RuntimeError, TypeError)  # torchvision's for damaged files
 
-Split = tuple[Float[Tensor, "B 1 28 28"], Int[Tensor, "B"]]
+Split = tuple[Float[Tensor, "B 1 S S"], Int[Tensor, "B"]]
 
 
 def load(dataset: str, split: str, *, sample: bool | None = None) -> Split:
-    """Images in [0, 1] and labels of ``dataset`` ("mnist", "fashion-mnist", "kmnist" or a folder of IDX files).
+    """Images in [0, 1] and labels of ``dataset``: "mnist", "fashion-mnist", "kmnist", "small-norb", or an IDX folder.
 
     ``split`` is "train" or "test". Data sets are looked for in the folder ``CAPSNB_DATA`` (default ~/.cache/capsnb) and
-    downloaded by torchvision where they are missing. ``sample=True`` takes the shipped 1,000 images a split; None takes
-    them in quick mode and, with a printed notice, where the data set cannot be had; False never does.
+    downloaded by torchvision where they are missing, all but smallNORB: its files must lie in the folder small-norb
+    there, and its images have 48 x 48 pixels where the others have 28 x 28 (see capsnb.small_norb).
+
+    ``sample=True`` takes the shipped 1,000 images a split; None takes them in quick mode and, with a printed notice,
+    where the data set cannot be had; False never does.
     Raises ValueError for an unknown name, FileNotFoundError where nothing is found.
     """
     if split not in _PREFIX:
         raise ValueError(f"unknown split {split!r}; choose 'train' or 'test'")
-    if dataset not in _CLASSES:
+    if dataset not in (*_CLASSES, small_norb.NAME):
         return _load_folder(Path(dataset), split)
     if sample and not has_sample(dataset):
         raise ValueError(f"no sample of {dataset} ships with capsnb; leave out sample=True")
     if sample or (sample is None and is_quick() and has_sample(dataset)):
         return _load_folder(_SAMPLES / dataset, split)
+    if dataset == small_norb.NAME:
+        return small_norb.load(root() / dataset, split)
     try:
         return _load_torchvision(dataset, split)
     except (OSError, RuntimeError) as error:
@@ -76,7 +83,7 @@ def _load_torchvision(dataset: str, split: str) -> Split:
 
 def _load_folder(folder: Path, split: str) -> Split:
     if not folder.is_dir():
-        names = ", ".join(_CLASSES)
+        names = ", ".join((*_CLASSES, small_norb.NAME))
         raise ValueError(f"unknown data set {str(folder)!r}; choose one of {names}, or a folder of four IDX files")
     images = _read(folder, f"{_PREFIX[split]}-images-idx3-ubyte", read_image_file)
     labels = _read(folder, f"{_PREFIX[split]}-labels-idx1-ubyte", read_label_file)

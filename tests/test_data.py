@@ -138,7 +138,7 @@ def test_the_environment_decides_between_full_and_quick(value, quick, monkeypatc
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown data set 'minst'; choose one of mnist, fashion-mnist, kmnist, or a"):
+    with pytest.raises(ValueError, match="choose one of mnist, fashion-mnist, kmnist, small-norb, or a folder"):
         data.load("minst", "train")
 
 
