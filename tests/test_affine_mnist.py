@@ -10,7 +10,7 @@ from scipy.io import savemat
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from capsnb import affine_mnist, data
+from capsnb import data
 from capsnb.affine import linear_maps
 from capsnb.affine_mnist import draw_maps, load_original, place, protocols, regenerate, room, transform
 
@@ -236,7 +236,3 @@ def test_files_of_another_kind_are_refused(originals):
     savemat(path, {"affNISTdata": {"image": np.zeros((784, 3)), "label_int": np.zeros((1, 3))}})
     with pytest.raises(ValueError, match=r"\(784, 3\) and 3 labels; expected \[1600, count\]"):
         load_original(originals[0], "test")
-
-
-def test_the_published_ranges_are_those_of_affnist():
-    assert (affine_mnist.SIZE, affine_mnist.ROTATION, affine_mnist.SHEAR, affine_mnist.SCALE) == (40, 20, 0.2, 0.2)
