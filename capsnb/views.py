@@ -13,6 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn import functional as F
 
+from capsnb.affine import linear_maps, look_through
 from capsnb.settings import ViewsSettings
 
 
@@ -61,8 +62,5 @@ def deform(
     angle, shear = math.radians(1) * within(settings.rotation), within(settings.shear)
     across, down = 1 + within(settings.scale), 1 + within(settings.scale)
     move = [within(settings.shift) * 2 / images.shape[axis] for axis in (3, 2)]
-    cos, sin = angle.cos(), angle.sin()
-    top = torch.stack([cos * across, cos * shear - sin * down, move[0]], dim=1)
-    bottom = torch.stack([sin * across, sin * shear + cos * down, move[1]], dim=1)
-    grid = F.affine_grid(torch.stack([top, bottom], dim=1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+    linear = linear_maps(angle, shear, across, down)
+    return look_through(images, torch.cat([linear, torch.stack(move, dim=1)[..., None]], dim=2))
