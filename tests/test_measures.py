@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from capsnb import measures
-from capsnb.baselines.rbm import RBM, log_likelihood
+from capsnb.baselines.capsnet import CapsNet, CapsNetSettings
+from capsnb.baselines.matrix_capsules import EMRouting
+from capsnb.baselines.rbm import log_likelihood, new_rbm
 from capsnb.baselines.sparse_capsules import SparseCapsules, SparseCapsulesSettings
 from capsnb.baselines.vae import VAE, VAESettings
+from capsnb.classifier import Classifier
 from capsnb.evaluation import linear_probe, ranks, winner_measures
 from capsnb.measures import (
     measure_capsnet,
@@ -24,12 +27,16 @@ CAPSULES = SparseCapsulesSettings(
 )
 
 
-def test_the_classifier_is_measured_by_the_share_it_gets_right_and_the_share_it_is_sure_of(monkeypatch):
-    class Told:
-        def probabilities(self, images):
-            return torch.tensor([[0.95, 0.05], [0.4, 0.6], [0.92, 0.08], [0.5, 0.5]])
+def told(network, **answers):
+    """``network``, whose methods of these names give these answers to everything."""
+    for name, answer in answers.items():
+        setattr(network, name, lambda *inputs, answer=answer: answer)
+    return network
 
-    found = measure_classifier(Told(), torch.zeros(4), torch.tensor([0, 1, 1, 0]))
+
+def test_the_classifier_is_measured_by_the_share_it_gets_right_and_the_share_it_is_sure_of():
+    answer = torch.tensor([[0.95, 0.05], [0.4, 0.6], [0.92, 0.08], [0.5, 0.5]])
+    found = measure_classifier(told(Classifier(), probabilities=answer), torch.zeros(4), torch.tensor([0, 1, 1, 0]))
     assert found == {"images": 4, "accuracy": 0.75, "confident": 0.5}
 
 
@@ -48,15 +55,10 @@ def test_the_vae_is_measured_by_both_parts_of_its_bound_and_by_the_numbers_it_us
 
 
 def test_capsnet_is_measured_by_the_images_it_gets_wrong_and_by_the_squared_error_of_what_it_makes(rng):
-    class Told:
-        def encode(self, images):
-            return torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4], [0.5, 0.2], [0.0, 0.7]]).unsqueeze(2)
-
-        def reconstruct(self, capsules):
-            return torch.full((5, 1, 3, 7), 0.5)
-
-    images = torch.rand(5, 1, 3, 7, generator=rng)
-    found = measure_capsnet(Told(), images, torch.tensor([1, 0, 0, 0, 0]))
+    capsules = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4], [0.5, 0.2], [0.0, 0.7]]).unsqueeze(2)
+    images, sizes = torch.rand(5, 1, 3, 7, generator=rng), {"channels": 3, "types": 2, "primary_dim": 3}
+    capsnet = told(CapsNet(CapsNetSettings(**sizes)), encode=capsules, reconstruct=torch.full((5, 1, 3, 7), 0.5))
+    found = measure_capsnet(capsnet, images, torch.tensor([1, 0, 0, 0, 0]))
     assert (found["images"], found["wrong"], found["error"]) == (5, 2, 0.4)
     assert found["squared_error"] == pytest.approx(sum((x - 0.5) ** 2 for x in images.flatten().tolist()) / 5, rel=1e-5)
 
@@ -80,11 +82,8 @@ def test_sparse_capsules_are_masked_when_they_are_measured_and_probed_with_the_m
 
 
 def test_em_routing_is_measured_by_the_images_whose_most_active_capsule_is_the_wrong_one():
-    class Told:
-        def encode(self, images):
-            return torch.zeros(3, 2, 16), torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4]])
-
-    found = measure_em_routing(Told(), torch.zeros(3, 1, 28, 28), torch.tensor([1, 1, 1]))
+    answer = torch.zeros(3, 2, 16), torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4]])
+    found = measure_em_routing(told(EMRouting(), encode=answer), torch.zeros(3, 1, 28, 28), torch.tensor([1, 1, 1]))
     assert found == {"images": 3, "wrong": 1, "error": 1 / 3}
 
 
@@ -92,8 +91,7 @@ def test_an_rbm_is_measured_by_a_log_likelihood_within_the_error_of_the_exact_on
     """Few hidden units, so that log Z is known; the images are binary already."""
     monkeypatch.setattr(measures, "TEMPERATURES", 100)
     known, images = (part.gt(0.5).float() for part in (digits[0][:101], digits[0][101:204]))
-    draw = torch.randn(784, 5, generator=rng), torch.randn(784, generator=rng), torch.randn(5, generator=rng)
-    rbm = RBM(*(0.1 * part for part in draw))
+    rbm = new_rbm(known.flatten(1), 5, rng=rng, deviation=0.1)._replace(c=torch.linspace(-1, 1, 5))
     found, exact = measure_rbm(rbm, known, images, rng=rng), log_likelihood(rbm, images.flatten(1)).mean().item()
     assert found["log_z_error"] < 0.2 and found["log_likelihood"] == pytest.approx(exact, abs=5 * found["log_z_error"])
     back = [torch.sigmoid(rbm.w @ torch.sigmoid(rbm.w.T @ v + rbm.c) + rbm.b) for v in images.flatten(1)]

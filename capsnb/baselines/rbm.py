@@ -36,7 +36,7 @@ class RBM(NamedTuple):
 class RBMSettings:
     """How an RBM is trained; all values are ours, the paper trains none."""
 
-    epochs: float = 10  # the pictures of chapter 2 change little after
+    epochs: int | float = 10  # the pictures of chapter 2 change little after
     batch: int = 100
     learning_rate: float = 0.05  # decayed linearly to 0
     weight_decay: float = 1e-4  # on w only
@@ -48,7 +48,7 @@ class DigitRBMSettings(RBMSettings):
     """The RBM of binary images that ships, and how it is trained; size and kind are those of Salakhutdinov2008."""
 
     hidden: int = 500
-    epochs: float = 50  # ours
+    epochs: int | float = 50  # ours
     persistent: bool = True
 
 
