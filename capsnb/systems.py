@@ -57,14 +57,14 @@ class System(NamedTuple):
 
 SYSTEMS = {
     "rbm": System(
-        "restricted Boltzmann machine, by persistent contrastive divergence; TODO",
+        "restricted Boltzmann machine, by persistent contrastive divergence; about 6 minutes of a core",
         {"default": DigitRBMSettings()},
         DigitRBM,
         train_digit_rbm,
         lambda machine, train, test, rng: measures.measure_rbm(machine.rbm, train[0], test[0], rng=rng),
     ),
     "capsnet": System(
-        "CapsNet with dynamic routing, learns from labels; about 2 hours of a processor core",
+        "CapsNet with dynamic routing, learns from labels; about 2 hours of a core",
         {"default": CapsNetSettings()},
         CapsNet,
         train_capsnet,
@@ -73,7 +73,7 @@ SYSTEMS = {
         filters=LARGEST,
     ),
     "em-routing": System(
-        "matrix capsules with EM routing, learn from labels; about 3 hours of two cores (large: a night)",
+        "matrix capsules with EM routing, learn from labels; about 3 hours of two cores, or of one if small, 19 if large",
         {"short": SHORT, "small": EMRoutingSettings(), "large": LARGE},
         EMRouting,
         train_em_routing,
@@ -81,7 +81,7 @@ SYSTEMS = {
         labels=True,
     ),
     "sparse-capsules": System(
-        "sparse unsupervised capsules, or dense ones (--preset); about 2 hours of a processor core",
+        "sparse unsupervised capsules, or dense ones; about 2 hours of a core",
         {"sparse": SparseCapsulesSettings(), "dense": SparseCapsulesSettings(gamma=0.0)},
         SparseCapsules,
         train_sparse_capsules,
@@ -89,14 +89,14 @@ SYSTEMS = {
         filters=LARGEST,
     ),
     "vae": System(
-        "variational autoencoder around the filters of stage 1; TODO",
+        "variational autoencoder around the filters of stage 1; about 15 minutes of a core",
         {"default": VAESettings()},
         VAE,
         train_vae,
         lambda vae, train, test, rng: measures.measure_vae(vae, test[0], rng=rng),
     ),
     "classifier": System(
-        "no rival but the judge of their samples, learns from labels; TODO",
+        "no rival but the judge of their samples, learns from labels; about 2 minutes of a core",
         {"default": ClassifierSettings()},
         Classifier,
         train_classifier,
