@@ -31,7 +31,7 @@ from capsnb.pretrained import load_network
 from capsnb.training import Step
 
 QUICK_EPOCHS = 0.5
-MODEL = "model.safetensors"
+CHECKPOINT, MODEL = "checkpoint.safetensors", "model.safetensors"
 
 
 class System(NamedTuple):
@@ -73,7 +73,7 @@ SYSTEMS = {
         filters=LARGEST,
     ),
     "em-routing": System(
-        "matrix capsules with EM routing, learn from labels; about 3 hours of two cores, or of one if small, 19 if large",
+        "matrix capsules with EM routing, learn from labels; about 3.5 hours of a core; 3 if small, 19 if large",
         {"short": SHORT, "small": EMRoutingSettings(), "large": LARGE},
         EMRouting,
         train_em_routing,
@@ -111,23 +111,37 @@ def train(run: runs.Run, images: Tensor, labels: Tensor, *, resume: bool = False
 
     Raises FileExistsError when the folder holds a run already and ``resume`` is off, ValueError when that is another.
     """
-    system, checkpoint, model = SYSTEMS[run.system], *(run.out / name for name in ("checkpoint.safetensors", MODEL))
+    system = SYSTEMS[run.system]
     if system.labels:
         require_labels(labels, CLASSES)
-    begun = ["a run"] if checkpoint.exists() or model.exists() else []
-    metrics = distributed.from_rank_0(lambda: runs.open_folder(run, len(images), begun, resume))
+    metrics = distributed.from_rank_0(lambda: _open(run, len(images), resume))
     torch.manual_seed(run.seed)
     network = system.make(run.settings).to(run.device)
-    if finished := distributed.from_rank_0(lambda: checkpoints.read(model)[0] if model.exists() else {}):
+    if finished := distributed.from_rank_0(lambda: _finished(run)):
         network.load_state_dict(finished)
-        return network.eval().cpu()
-    inputs = (images, labels) if system.labels else (images,)
-    updates = system.train(network, *inputs, seed=run.seed, checkpoint=checkpoint)
-    runs.follow(updates, run.system, metrics, partial(runs.write_metrics, run, metrics))
-    if distributed.rank() == 0:
-        checkpoints.write(model, network.state_dict(), **run.facts(len(images)), versions=metrics["versions"])
-        checkpoint.unlink()
+    else:
+        inputs = (images, labels) if system.labels else (images,)
+        updates = system.train(network, *inputs, seed=run.seed, checkpoint=run.out / CHECKPOINT)
+        runs.follow(updates, run.system, metrics, partial(runs.write_metrics, run, metrics))
+        _finish(run, network, metrics)
     return network.eval().cpu()
+
+
+def _open(run: runs.Run, images: int, resume: bool) -> dict:
+    begun = ["a run"] if any((run.out / name).exists() for name in (CHECKPOINT, MODEL)) else []
+    return runs.open_folder(run, images, begun, resume)
+
+
+def _finished(run: runs.Run) -> dict[str, Tensor]:
+    """The weights of the finished network; none if it is not."""
+    return checkpoints.read(run.out / MODEL)[0] if (run.out / MODEL).exists() else {}
+
+
+def _finish(run: runs.Run, network: nn.Module, metrics: dict) -> None:
+    if distributed.rank() == 0:
+        facts = run.facts(metrics["images"]) | {"versions": metrics["versions"]}
+        checkpoints.write(run.out / MODEL, network.state_dict(), **facts)
+        (run.out / CHECKPOINT).unlink()
 
 
 def system_of(facts: dict) -> str:

@@ -152,7 +152,8 @@ def train_rbm(
     require_shape(v, (None, len(rbm.b)), "v", "[images, visible units of the RBM]")
     per_epoch = -(-len(v) // settings.batch)
     steps, order, chains = max(1, round(settings.epochs * per_epoch)), torch.arange(len(v)), v[: settings.batch]
-    kept = Checkpoint(checkpoint, {"settings": asdict(settings), "seed": rng.initial_seed(), "rows": len(v)})
+    facts = {"settings": asdict(settings), "seed": rng.initial_seed(), "rows": len(v)}
+    kept = Checkpoint(checkpoint, facts | {"device": rng.device.type})  # each kind draws other numbers
     saved, done = kept.read()
     if done:
         order, chains = _resume(rbm, saved, rng)
