@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace) -> None:
 def _print(measures: dict) -> None:
     for name, value in measures.items():
         if not isinstance(value, (list, dict)):
-            print(f"{name:28s} {value:.4g}")
+            print(f"{name:28s} {value if isinstance(value, int) else f'{value:.4g}'}")
     for domain, values in measures.get("samples", {}).items():
         print(f"{domain + ' domain':28s} " + "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
 
@@ -111,6 +111,7 @@ def export(options: argparse.Namespace) -> None:
     if (system := _system(path)) != EXPERT_CAPSULES:
         if options.share_autoencoder:
             raise ValueError(f"--share-autoencoder is for {EXPERT_CAPSULES}, not for {system}")
+        print(f"writing {options.out}, and measuring it on the test images", file=sys.stderr)
         _print(systems.export(options.run, options.out)["test"])
         return
     _, facts = checkpoints.read(path)

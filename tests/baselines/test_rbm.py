@@ -273,6 +273,12 @@ def test_the_module_is_trained_under_which_digits_are_likelier_than_noise(digits
     assert len(steps) == 20 and (free_energy(machine.rbm, noise) - free_energy(machine.rbm, v)).mean() > 100
 
 
+def test_an_rbm_is_not_trained_in_several_processes(digits, monkeypatch):
+    monkeypatch.setattr("capsnb.distributed.world_size", lambda: 2)
+    with pytest.raises(ValueError, match="in one process; start it without torchrun"):
+        next(train_digit_rbm(DigitRBM(), digits[0], seed=0))
+
+
 def test_the_shipped_rbm_gives_digits_far_more_probability_than_noise_as_dense():
     rbm = load_rbm()
     digits = binarise(data.load("mnist", "test", sample=True)[0], rng=generator())
