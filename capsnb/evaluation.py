@@ -69,6 +69,18 @@ def activation_measures(capsules: Float[Tensor, "B J d"]) -> dict:
     }
 
 
+def ranks(score: Float[Tensor, "N J"]) -> dict[str, list]:
+    """Scores in falling order over the largest one, means over images; and how often each capsule has each rank."""
+    falling, order = score.sort(dim=1, descending=True)
+    counts = torch.zeros(score.shape[1], score.shape[1])
+    for rank, capsules in enumerate(order.T):
+        counts[:, rank] = torch.bincount(capsules, minlength=score.shape[1])
+    return {
+        "share_of_largest": (falling / falling[:, :1]).mean(0).tolist(),
+        "rank_frequency": (counts / len(score)).tolist(),
+    }
+
+
 def effective_rank(W: Float[Tensor, "I J d e"]) -> float:
     """exp of the entropy of the squared singular values of each capsule's [d, I·e] matrix, averaged over capsules."""
     values = torch.linalg.svdvals(W.permute(1, 2, 0, 3).flatten(2)).square()

@@ -84,6 +84,16 @@ def write_folder():
     return write
 
 
+@pytest.fixture(scope="session")
+def folder(write_folder, tmp_path_factory):
+    """A data set of one's own: 101 real training and 103 test images."""
+    splits = {}
+    for split, count in (("train", 101), ("test", 103)):
+        images, labels = data.load("mnist", split, sample=True)
+        splits[split] = (images[:count, 0] * 255).round().to(torch.uint8), labels[:count].to(torch.uint8)
+    return write_folder(tmp_path_factory.mktemp("data") / "mine", splits)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For the linear probe: on few images and a busy machine, several threads wait for each other and little else."""
