@@ -62,7 +62,7 @@ def test_an_explorer_begins_with_a_test_image_in_the_capsule_that_fires_for_it(l
     assert explorer.state["capsule"] == winner(small_model.encode(images[4:5])).item()
     assert_near(explorer.shown["picture"], small_model.reconstruct(images[4:5]))
     first = Explorer(load=load)
-    won = {number: winner(small_model.encode(images[[number]])).item() for number in first._source("mnist").digits}
+    won = {number: winner(small_model.encode(images[[number]])).item() for number in first._source(first.state).digits}
     assert first.state["capsule"] == min(won.values()) == won[first.state["image"]]
 
 
@@ -108,7 +108,7 @@ def test_a_walk_goes_straight_from_the_code_of_one_image_to_that_of_the_other(lo
 
 def test_a_walk_by_default_stays_within_one_capsule_and_leads_to_another_class_if_it_can(load):
     walk = Walk(load=load)
-    source, ends = walk._source("mnist"), [walk.state["from"], walk.state["to"]]
+    source, ends = walk._source(walk.state), [walk.state["from"], walk.state["to"]]
     won, label = source.won(), {number: digit["label"] for number, digit in source.digits.items()}
     assert won[ends[0]] == won[ends[1]]
     there_are = any(won[a] == won[b] and label[a] != label[b] for a in won for b in won)
