@@ -69,13 +69,16 @@ def small_model(small_settings):
 
 @pytest.fixture(scope="session")
 def small_networks():
-    """An untrained small CapsNet, and sparse capsules, each beside what the explorer moves of it."""
+    """Small untrained networks, CapsNet and sparse capsules, each beside what the explorer moves of it."""
     torch.manual_seed(29)
     sizes = {"channels": 3, "types": 2, "primary_dim": 3, "dim": 5, "first_hidden": 12, "second_hidden": 20}
     networks = {
         "capsnet": CapsNet(CapsNetSettings(**sizes, initial_deviation=3.0)),
         "sparse-capsules": SparseCapsules(SparseCapsulesSettings(**sizes, capsules=7, initial_deviation=3.0)),
     }
+    for network in networks.values():
+        for layer in (1, 3, 5):
+            network.decoder[layer].weight.data.mul_(4)  # or all pictures would be grey
     return {name: (network.eval(), movable_network(network, "mnist")) for name, network in networks.items()}
 
 
