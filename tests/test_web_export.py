@@ -121,10 +121,10 @@ def test_the_files_of_the_website_are_made_of_the_weights_that_ship(name, system
         content, layout = packing.pack(tensors)
         shipped = (SHIPPED / f"{name}.{part}.bin").read_bytes()
         assert facts["files"][part]["tensors"] == layout and len(shipped) == len(content)
-        for name, entry in layout.items():
-            exact = "scales" if name == "filters2" else "offset"  # its whole numbers may round otherwise elsewhere
+        for tensor, entry in layout.items():
+            exact = "scales" if tensor == "filters2" else "offset"  # its whole numbers may round otherwise elsewhere
             end = entry["offset"] + entry["bytes"]
-            assert shipped[entry[exact] : end] == content[entry[exact] : end], name
+            assert shipped[entry[exact] : end] == content[entry[exact] : end], tensor
     code = torch.tensor([digit["code"] for digit in facts["digits"]]).view(20, *model.poses.mean.shape)
     images = torch.tensor([digit["image"] for digit in facts["digits"]]).view(20, 1, 28, 28) / 255
     torch.testing.assert_close(model.encode(images), code, rtol=0, atol=1e-4)
