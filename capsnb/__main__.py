@@ -86,7 +86,7 @@ def export(options: argparse.Namespace) -> None:
 def web(options: argparse.Namespace) -> None:
     """Write what the website's widgets read: the models that can be moved, as small files for the browser."""
     for name, system, dataset in movable.models():
-        web_export.write(movable.SYSTEMS[system].load(dataset), dataset, options.out, system=system)
+        web_export.write(movable.CHOICES[system].load(dataset), dataset, options.out, system=system)
         sizes = {path.name: path.stat().st_size for path in sorted(options.out.glob(f"{name}.*"))}
         print("  ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()))
 

@@ -30,7 +30,7 @@ LONGEST = 1 - 1e-6  # a squashed capsule is shorter than 1
 class State(TypedDict):
     """Everything that decides what the explorer shows: small, and JSON as it stands."""
 
-    system: str  # one of ``capsnb.movable.SYSTEMS``
+    system: str  # one of ``capsnb.movable.CHOICES``
     dataset: str
     capsule: int
     start: str  # where the pose began: "real", "random" or "mean"; "waiting" for a model that was just chosen

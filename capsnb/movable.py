@@ -23,10 +23,10 @@ _IMAGES = 500  # training images whose codes are the poses that are known
 
 
 class LatentPoses(Poses):
-    """The same of latent numbers, which no length limits: a Gaussian's deviation is four times a capsule's length."""
+    """What is known of a VAE's latent numbers: they are spread like standard Gaussians and may have any length."""
 
     bounded = False
-    reach = 2.5
+    reach = 2.5  # about as far as their training range, as 0.25 is in capsules
 
 
 class Movable(NamedTuple):
@@ -70,8 +70,8 @@ def _known(system: Movable, dataset: str) -> Movable:
     return system
 
 
-class System(NamedTuple):
-    """A system by its name for readers, the trained model for each of its data sets, and words for its capsules.
+class Choice(NamedTuple):
+    """A system to choose: its name for readers, the trained model for each of its data sets, words for its capsules.
 
     ``length`` says what the length of a capsule means, ``wins`` in which sense it is that of the class it wins most.
     """
@@ -83,11 +83,11 @@ class System(NamedTuple):
     wins: str = "mostly"
 
 
-SYSTEMS = {
-    EXPERTS: System(
+CHOICES = {
+    EXPERTS: Choice(
         "Expert capsules", load_pretrained, ("mnist", "fashion-mnist"), length="how probable it is that it fires"
     ),
-    "vae": System("VAE", lambda dataset: movable_vae(load_vae(), dataset)),
+    "vae": Choice("VAE", lambda dataset: movable_vae(load_vae(), dataset)),
 }
 
 
@@ -98,5 +98,5 @@ def model_name(system: str, dataset: str) -> str:
 
 def models() -> list[tuple[str, str, str]]:
     """Every model that can be moved: its name, its system and its data set."""
-    pairs = [(system, dataset) for system, row in SYSTEMS.items() for dataset in row.datasets]
+    pairs = [(system, dataset) for system, row in CHOICES.items() for dataset in row.datasets]
     return [(model_name(*pair), *pair) for pair in pairs]

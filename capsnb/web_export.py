@@ -20,11 +20,11 @@ from capsnb import data
 from capsnb.evaluation import winner
 from capsnb.explorer import CLASSES
 from capsnb.model import ExpertCapsules
-from capsnb.movable import EXPERTS, SYSTEMS, Model, model_name
+from capsnb.movable import CHOICES, EXPERTS, Model, model_name
 from capsnb.packing import pack
 from capsnb.web_layers import described, filter_tensors, layer_tensors, stage1_bias
 
-DATASETS = SYSTEMS[EXPERTS].datasets
+DATASETS = CHOICES[EXPERTS].datasets
 _IMAGES_A_CLASS = 2
 
 
@@ -78,7 +78,7 @@ def manifest(model: Model, dataset: str, system: str = EXPERTS) -> dict:
 
 
 def _systems() -> dict[str, dict]:
-    rows = {name: row._asdict() for name, row in SYSTEMS.items()}
+    rows = {name: row._asdict() for name, row in CHOICES.items()}
     return {name: {key: value for key, value in row.items() if key != "load"} for name, row in rows.items()}
 
 

@@ -24,7 +24,7 @@ from capsnb import live, stills
 from capsnb.checks import require_choice
 from capsnb.evaluation import winner
 from capsnb.explorer import require_number
-from capsnb.movable import EXPERTS, SYSTEMS, Model
+from capsnb.movable import CHOICES, EXPERTS, Model
 from capsnb.sampling import one_at_a_time
 from capsnb.web_export import manifest
 
@@ -110,9 +110,9 @@ class Live(anywidget.AnyWidget):
     def _source(self, state: dict) -> Source:
         """The model that a state names, and what belongs to it."""
         system, dataset = state.get("system", EXPERTS), state["dataset"]
-        require_choice(system, SYSTEMS, "system")
-        require_choice(dataset, SYSTEMS[system].datasets, "data set")
-        return _read(self._load or SYSTEMS[system].load, system, dataset)
+        require_choice(system, CHOICES, "system")
+        require_choice(dataset, CHOICES[system].datasets, "data set")
+        return _read(self._load or CHOICES[system].load, system, dataset)
 
     def _repr_mimebundle_(self, **options) -> tuple[dict, dict]:
         """The widget for a kernel, beside it HTML and a picture for pages: Jupyter and Jupyter Book choose."""
@@ -136,7 +136,7 @@ class Live(anywidget.AnyWidget):
 class Explorer(Live):
     """Sliders for the pose of one capsule, and the picture that the model makes of it.  Sabour 2017, fig. 4.
 
-    ``system`` is one of ``capsnb.movable.SYSTEMS``; a VAE has its latent numbers as the pose of its only capsule.
+    ``system`` is one of ``capsnb.movable.CHOICES``; a VAE has its latent numbers as the pose of its only capsule.
     """
 
     kind = "explorer"

@@ -75,7 +75,7 @@ def test_every_model_has_a_name_of_its_own_and_expert_capsules_that_of_their_dat
 @pytest.mark.parametrize("name, system, dataset", movable.models()[2:])
 def test_every_system_that_ships_can_be_moved(name, system, dataset, images):
     """Its test images are rebuilt by the capsule that they turn on, better than by the mean pose of that capsule."""
-    moved = movable.SYSTEMS[system].load(dataset)
+    moved = movable.CHOICES[system].load(dataset)
     codes = moved.encode(images)
     on = codes.norm(dim=2).argmax(1)
     rebuilt, means = (

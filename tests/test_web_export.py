@@ -114,8 +114,8 @@ def test_a_model_that_the_browser_cannot_run_is_refused(tmp_path):
 @pytest.mark.parametrize("name, system, dataset", movable.models())
 def test_the_files_of_the_website_are_made_of_the_weights_that_ship(name, system, dataset):
     """After a retraining, and for a new system: python -m capsnb web."""
-    model, facts = movable.SYSTEMS[system].load(dataset), json.loads((SHIPPED / f"{name}.json").read_text("utf-8"))
-    assert [*facts["systems"]] == [*movable.SYSTEMS]
+    model, facts = movable.CHOICES[system].load(dataset), json.loads((SHIPPED / f"{name}.json").read_text("utf-8"))
+    assert [*facts["systems"]] == [*movable.CHOICES]
     assert facts["files"]["decoder"]["bytes"] <= 3.2e6
     for part, tensors in web_export.parts(model, facts).items():
         content, layout = packing.pack(tensors)
@@ -131,9 +131,9 @@ def test_the_files_of_the_website_are_made_of_the_weights_that_ship(name, system
 
 
 def test_the_command_writes_all_files(tmp_path, capsys, small, small_networks, monkeypatch):
-    experts = movable.SYSTEMS[movable.EXPERTS]._replace(load=lambda dataset: small)
-    capsnet = movable.System("CapsNet", lambda dataset: small_networks["capsnet"][1])
-    monkeypatch.setattr(movable, "SYSTEMS", {movable.EXPERTS: experts, "capsnet": capsnet})
+    experts = movable.CHOICES[movable.EXPERTS]._replace(load=lambda dataset: small)
+    capsnet = movable.Choice("CapsNet", lambda dataset: small_networks["capsnet"][1])
+    monkeypatch.setattr(movable, "CHOICES", {movable.EXPERTS: experts, "capsnet": capsnet})
     assert main(["web", "--out", str(tmp_path / "weights")]) == 0
     names = [f"{dataset}.{end}" for dataset in web_export.DATASETS for end in ("decoder.bin", "encoder.bin", "json")]
     names += ["capsnet-mnist.decoder.bin", "capsnet-mnist.json"]

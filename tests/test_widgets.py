@@ -14,7 +14,7 @@ from PIL import Image
 from capsnb import data, live
 from capsnb.evaluation import winner
 from capsnb.explorer import decode_alone, shorten, strip
-from capsnb.movable import EXPERTS, SYSTEMS, System
+from capsnb.movable import CHOICES, EXPERTS, Choice
 from capsnb.pretrained import load_pretrained
 from capsnb.routing import route_steps
 from capsnb.widgets import WEB, Draw, Explorer, Routing, Tour, Walk, bundle
@@ -233,7 +233,7 @@ def other_systems(small_networks, small_vae, monkeypatch):
     """The small untrained models of the other systems in the table."""
     moved = {name: each for name, (_, each) in small_networks.items()} | {"vae": small_vae[1]}
     for name, each in moved.items():
-        monkeypatch.setitem(SYSTEMS, name, System(name, lambda dataset, each=each: each))
+        monkeypatch.setitem(CHOICES, name, Choice(name, lambda dataset, each=each: each))
     return moved
 
 
@@ -251,7 +251,7 @@ def test_the_explorer_moves_the_capsules_of_another_system(other_systems, images
 
 
 def test_a_system_that_was_just_chosen_sends_its_manifest_first_and_waits_for_a_pose(other_systems, load, monkeypatch):
-    monkeypatch.setitem(SYSTEMS, EXPERTS, SYSTEMS[EXPERTS]._replace(load=load))
+    monkeypatch.setitem(CHOICES, EXPERTS, CHOICES[EXPERTS]._replace(load=load))
     explorer = Explorer(capsule=4)
     explorer.state = explorer.state | {"system": "vae", "start": "waiting"}
     assert explorer.shown == {} and explorer.manifest["name"] == "vae-mnist"

@@ -9,7 +9,7 @@ from website import eventually, expect_picture
 
 from capsnb import load_pretrained
 from capsnb.explorer import strip
-from capsnb.movable import SYSTEMS
+from capsnb.movable import CHOICES
 from capsnb.widgets import WEB, Draw, Explorer, Routing, Tour, Walk
 
 # What a notebook's front end does between the widget and its kernel, with one function of Python as the connection.
@@ -95,7 +95,7 @@ def test_another_system_is_read_by_python_and_begins_with_the_same_image(noteboo
     page.get_by_label("System").select_option("vae")
     eventually(page, lambda: (explorer.state["system"], explorer.state["start"]), ("vae", "real"))
     assert explorer.state["image"] == 4 and len(explorer.state["pose"]) == 16
-    vae = SYSTEMS["vae"].load("mnist")
+    vae = CHOICES["vae"].load("mnist")
     expect_picture(page.locator("canvas").first, strip(explorer.state, vae)[5, 0].numpy(), 0.003)
     page.get_by_role("button", name="Reset").click()
     eventually(page, lambda: explorer.state["system"], "expert-capsules")

@@ -12,7 +12,7 @@ from website import come_to_rest, eventually, expect_picture, pick, pixels, widg
 
 from capsnb import data, load_pretrained, web_export
 from capsnb.explorer import decode_alone, shorten, strip
-from capsnb.movable import SYSTEMS, System
+from capsnb.movable import CHOICES, Choice
 from capsnb.routing import route_steps
 from capsnb.sparsity import explanation
 
@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def vae():
-    return SYSTEMS["vae"].load("mnist")
+    return CHOICES["vae"].load("mnist")
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_the_weights_of_another_system_are_fetched_when_it_is_chosen_and_not_bef
 def page_of_small_systems(window, serve, tmp_path, small_networks, monkeypatch):
     """The first chapter on a website that also has small untrained networks."""
     for name, (_, moved) in small_networks.items():
-        monkeypatch.setitem(SYSTEMS, name, System(name, lambda dataset, each=moved: each, wins="class"))
+        monkeypatch.setitem(CHOICES, name, Choice(name, lambda dataset, each=moved: each, wins="class"))
     weights = without(tmp_path / "site") / "_static" / "weights"
     for name, (_, moved) in small_networks.items():
         web_export.write(moved, "mnist", weights, system=name)
