@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from capsnb import checkpoints, data, distributed, plots, runs, settings, systems, web_export
+from capsnb import checkpoints, data, distributed, movable, plots, runs, settings, systems, web_export
 from capsnb.checks import require_choice
 from capsnb.evaluation import evaluate, single_capsule_images
-from capsnb.pretrained import WEIGHTS, load_model, load_pretrained, save_model
+from capsnb.pretrained import WEIGHTS, load_model, save_model
 from capsnb.runs import EXPERT_CAPSULES
 from capsnb.sampling import DOMAINS
 from capsnb.systems import SYSTEMS
@@ -123,10 +123,10 @@ def export(options: argparse.Namespace) -> None:
 
 
 def web(options: argparse.Namespace) -> None:
-    """Write what the website's widgets read: the default models as small files for the browser."""
-    for dataset in web_export.DATASETS:
-        web_export.write(load_pretrained(dataset), dataset, options.out)
-        sizes = {path.name: path.stat().st_size for path in sorted(options.out.glob(f"{dataset}.*"))}
+    """Write what the website's widgets read: the models that can be moved, as small files for the browser."""
+    for name, system, dataset in movable.models():
+        web_export.write(movable.CHOICES[system].load(dataset), dataset, options.out, system=system)
+        sizes = {path.name: path.stat().st_size for path in sorted(options.out.glob(f"{name}.*"))}
         print("  ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()))
 
 
@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sample(commands.add_parser("sample", help="a picture in the style of Fig. 2"))
     _add_evaluate(commands.add_parser("evaluate", help="a table of measures, as text and JSON"))
     _add_export(commands.add_parser("export", help="a trained run as a half-precision weight file"))
-    _add_web(commands.add_parser("web", help="the default models, small, for the widgets of the website"))
+    _add_web(commands.add_parser("web", help="what can be moved, small, for the widgets of the website"))
     return parser
 
 
