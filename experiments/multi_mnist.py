@@ -8,14 +8,16 @@ it learns from are drawn from the 60,000 training images of MNIST as they are ne
 the test images, once. The seed (--seed) draws both, and the first weights. An interrupted run goes on from
 NAME.checkpoint.safetensors when the command is given again; the weights are not kept.
 
-The JSON holds settings, seconds, the curve, and what is measured on the test pairs. The safetensors file beside it
-holds some of these, the first that are read rightly and then the first that are not: "images" and, of each pair, the
-two "digits" alone, their "labels", the classes "found" of the three longest capsules, the longest first, and what the
-capsules of the labels and of the found classes reconstruct, "of_labels" and "of_found". Pictures are [.., 36, 36] of 8
-bits.
+The JSON holds settings, the seconds since training last began or went on, and what is measured on the test pairs. The
+safetensors file beside it holds some of these, the first that are read rightly and then the first that are not:
+"images" and, of each pair, the two "digits" alone, their "labels", the classes "found" of the three longest capsules,
+the longest first, and what the capsules of the labels and of the found classes reconstruct, "of_labels" and
+"of_found". Pictures are [.., 36, 36] of 8 bits.
 """
 
 import argparse
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,11 +31,12 @@ from capsnb.baselines.capsnet import load_capsnet
 from capsnb.baselines.capsnet_pairs import PairsCapsNet, longest, start_from, train_on_pairs
 from capsnb.baselines.capsule_network import squared_error
 from capsnb.multi_mnist import Pairs, draw_pairs
+from capsnb.training import Step
 from experiments.results import fingerprint
-from experiments.yardsticks import follow
 
 START = "capsnet-mnist"
 TEST_PAIRS = 10_000
+SHOW_EVERY = 50  # updates
 RIGHT, WRONG = 12, 4  # pairs of either kind that are kept as pictures, at most
 QUICK_EPOCHS, QUICK_PAIRS = 0.2, 500
 
@@ -71,27 +74,32 @@ def pictures(network: PairsCapsNet, pairs: Pairs, capsules: Float[Tensor, "B J d
     return as_bytes | {"labels": labels.to(torch.uint8), "found": found.to(torch.uint8)}
 
 
+def follow(updates: Iterator[Step]) -> float:
+    """Run ``updates`` to their end, printing the loss now and then; the seconds that it took."""
+    started = time.monotonic()
+    for step in updates:
+        if step.step % SHOW_EVERY == 0 or step.step == step.steps:
+            print(f"update {step.step} of {step.steps}, loss {step.loss:.4f}", flush=True)
+    return round(time.monotonic() - started, 1)
+
+
 def run(out: Path, *, quick: bool, seed: int) -> dict:
     """Train, measure, and write both files; what the JSON holds."""
     settings = capsnet_pairs.PAIRS
     settings = replace(settings, epochs=QUICK_EPOCHS) if quick else settings
     train, test = (data.load("mnist", split, sample=quick) for split in ("train", "test"))
-    facts = {"images": len(train[0]), "seed": seed, "quick": quick, "settings": asdict(settings)}
-    checkpoint, curve = (out.with_suffix(end) for end in (".checkpoint.safetensors", ".curve.json"))
-    if not checkpoint.exists():
-        curve.unlink(missing_ok=True)
+    record = {"images": len(train[0]), "seed": seed, "quick": quick, "settings": asdict(settings)}
+    checkpoint = out.with_suffix(".checkpoint.safetensors")
     torch.manual_seed(seed)
     network = PairsCapsNet(settings)
     start_from(network, load_capsnet())
-    updates = train_on_pairs(network, *train, seed=seed, checkpoint=checkpoint)
-    record = follow(updates, "multi-mnist", curve, facts | {"start": fingerprint(START)})
+    seconds = follow(train_on_pairs(network, *train, seed=seed, checkpoint=checkpoint))
     pairs = draw_pairs(*test, QUICK_PAIRS if quick else TEST_PAIRS, rng=torch.Generator().manual_seed(seed))
     capsules = network.eval().encode(pairs.images)
-    record |= {"versions": runs.versions(), "test": measure(network, pairs, capsules)}
+    record |= {"start": fingerprint(START), "seconds": seconds, "test": measure(network, pairs, capsules)}
     checkpoints.write(out.with_suffix(".safetensors"), pictures(network, pairs, capsules))
-    checkpoints.write_json(out, record)
-    for partial in (checkpoint, curve):
-        partial.unlink()
+    checkpoints.write_json(out, record | {"versions": runs.versions()})
+    checkpoint.unlink()
     return record
 
 

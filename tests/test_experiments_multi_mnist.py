@@ -81,12 +81,12 @@ def test_the_pictures_are_the_first_pairs_read_rightly_and_then_the_first_read_w
         assert_close(found[name], (255 * (classes.float() / 10)).round().byte()[:, :, None, None].expand(-1, -1, 3, 7))
 
 
-def test_a_quick_run_writes_the_curve_the_measures_and_the_pictures_and_leaves_nothing_else(small, tmp_path):
+def test_a_quick_run_writes_the_measures_and_the_pictures_and_leaves_nothing_else(small, tmp_path):
     out = tmp_path / "pairs.json"
     main(["--quick", "--seed", "3", "--out", str(out)])
     content, tensors = checkpoints.read_json(out), checkpoints.read(out.with_suffix(".safetensors"))[0]
     assert content["quick"] is True and content["seed"] == 3 and content["start"] == "of capsnet-mnist"
-    assert content["settings"] == asdict(replace(SMALL, epochs=0.2)) and content["steps"][-1] == 6
+    assert content["settings"] == asdict(replace(SMALL, epochs=0.2))
     assert content["test"]["pairs"] == 500 and "torch" in content["versions"]
     shown = len(tensors["images"])
     assert 0 < shown <= 16 and tensors["digits"].shape == tensors["of_labels"].shape == (shown, 2, 36, 36)
@@ -109,11 +109,11 @@ def test_an_interrupted_run_goes_on_to_the_same_end_and_until_then_leaves_finish
     monkeypatch.setattr(multi_mnist, "follow", stopping)
     with pytest.raises(ZeroDivisionError):
         main(["--quick", "--out", str(parts)])
-    assert parts.read_text() == "what was there"
+    assert parts.read_text() == "what was there" and (tmp_path / "parts.checkpoint.safetensors").exists()
     monkeypatch.setattr(multi_mnist, "follow", follow)
     main(["--quick", "--out", str(parts)])
     first, second = (checkpoints.read_json(path) for path in (whole, parts))
-    assert first["test"] == second["test"] and first["steps"] == second["steps"]
+    assert first["test"] == second["test"]
     pictures = [checkpoints.read(path.with_suffix(".safetensors"))[0] for path in (whole, parts)]
     assert all(torch.equal(part, pictures[1][name]) for name, part in pictures[0].items())
 
