@@ -79,7 +79,7 @@ def effective_rank(W: Float[Tensor, "I J d e"]) -> float:
 def linear_probe(
     train: Float[Tensor, "N ..."], labels: Int[Tensor, "N"], test: Float[Tensor, "M ..."], truth: Int[Tensor, "M"]
 ) -> float:
-    """Test accuracy of multinomial logistic regression on all numbers of a code, scaled together; at most 200 iterations."""
+    """Test accuracy of logistic regression on all numbers of a code, scaled together; at most 200 iterations."""
     scale = train.std().clamp(min=1e-6)
     probe = LogisticRegression(C=10.0, max_iter=200)
     with warnings.catch_warnings():
