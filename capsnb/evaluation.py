@@ -89,9 +89,9 @@ def effective_rank(W: Float[Tensor, "I J d e"]) -> float:
 
 
 def linear_probe(
-    train: Float[Tensor, "N J d"], labels: Int[Tensor, "N"], test: Float[Tensor, "M J d"], truth: Int[Tensor, "M"]
+    train: Float[Tensor, "N ..."], labels: Int[Tensor, "N"], test: Float[Tensor, "M ..."], truth: Int[Tensor, "M"]
 ) -> float:
-    """Test accuracy of multinomial logistic regression on all pose numbers, scaled together; at most 200 iterations."""
+    """Test accuracy of logistic regression on all numbers of a code, scaled together; at most 200 iterations."""
     scale = train.std().clamp(min=1e-6)
     probe = LogisticRegression(C=10.0, max_iter=200)
     with warnings.catch_warnings():
@@ -101,9 +101,9 @@ def linear_probe(
 
 
 def svm_probe(
-    train: Float[Tensor, "N J d"], labels: Int[Tensor, "N"], test: Float[Tensor, "M J d"], truth: Int[Tensor, "M"]
+    train: Float[Tensor, "N ..."], labels: Int[Tensor, "N"], test: Float[Tensor, "M ..."], truth: Int[Tensor, "M"]
 ) -> float:
-    """Test accuracy of a support vector machine on all pose numbers: Gaussian kernel, C = 10.
+    """Test accuracy of a support vector machine on all numbers of a code: Gaussian kernel, C = 10.
 
     The kernel's gamma is 3 over the total variance of the numbers. Takes minutes for 60,000 images.
     """
@@ -120,10 +120,17 @@ def kmeans_purity(
     clusters: int = 20,
     seed: int = 0,
 ) -> float:
-    """Purity on the test images of k-means fitted to the training images' pixels, the best of 5 starts."""
+    """Purity of ``kmeans_table``."""
+    return purity(kmeans_table(train, test, truth, clusters=clusters, seed=seed))
+
+
+def kmeans_table(
+    train: Float[Tensor, "N ..."], test: Float[Tensor, "M ..."], truth: Int[Tensor, "M"], *, clusters: int, seed: int
+) -> Int[Tensor, "clusters 10"]:
+    """How many test images of each class fall in each cluster of k-means, fitted to ``train``, the best of 5 starts."""
     means = KMeans(clusters, n_init=5, random_state=seed).fit(train.flatten(1).numpy())
     groups = torch.as_tensor(means.predict(test.flatten(1).numpy()), dtype=torch.long)
-    return purity(contingency(groups, truth, clusters))
+    return contingency(groups, truth, clusters)
 
 
 def is_negative(images: Float[Tensor, "B 1 28 28"], real: Float[Tensor, "N 1 28 28"]) -> Tensor:
