@@ -26,20 +26,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capsnb import data, load_pretrained, runs
-from capsnb.baselines.capsnet import CapsNet, load_capsnet, train_capsnet
+from capsnb import data, load_pretrained, runs, systems
+from capsnb.baselines.capsnet import CapsNet, load_capsnet
 from capsnb.baselines.pca import PixelGaussian, fit_pixel_gaussian
-from capsnb.baselines.rbm import (
-    SHIPPED,
-    SHIPPED_HIDDEN,
-    binarise,
-    hidden_probability,
-    load_rbm,
-    new_rbm,
-    train_rbm,
-    visible_probability,
-)
-from capsnb.baselines.vae import VAE, load_vae, train_vae
+from capsnb.baselines.rbm import hidden_probability, load_rbm, visible_probability
+from capsnb.baselines.vae import VAE, load_vae
 from capsnb.classifier import load_classifier
 from capsnb.evaluation import assignment_accuracy, kmeans_table, linear_probe, purity, winner, winner_measures
 from capsnb.model import ExpertCapsules
@@ -60,7 +51,7 @@ Split = tuple[Tensor, Tensor]  # images and labels
 Stages = list[Callable[[], Iterator[Step]]]
 
 
-class System(NamedTuple):
+class Row(NamedTuple):
     """How a trained system encodes and decodes, whether its codes are capsules [N, J, d], and how it is trained."""
 
     weights: tuple[str, ...]
@@ -83,11 +74,11 @@ def expert_stages(preset: str, train: Split) -> Stages:
     ]
 
 
-def rbm_stages(train: Split) -> Stages:
-    """The one stage of the RBM, on binary images."""
-    rng = torch.Generator().manual_seed(0)
-    v = binarise(train[0], rng=rng)
-    return [lambda: train_rbm(new_rbm(v, SHIPPED_HIDDEN, rng=rng), v, SHIPPED, rng=rng)]
+def one_stage(name: str, train: Split) -> Stages:
+    """The training of another system, in one go."""
+    system = systems.SYSTEMS[name]
+    inputs = train if system.labels else train[:1]
+    return [lambda: system.train(system.make(system.default), *inputs, seed=0)]
 
 
 def rebuild(pixels: PixelGaussian, codes: Float[Tensor, "N components"]) -> Images:
@@ -95,39 +86,39 @@ def rebuild(pixels: PixelGaussian, codes: Float[Tensor, "N components"]) -> Imag
     return (pixels.mean + codes @ pixels.directions).clamp(0, 1).view(-1, 1, 28, 28)
 
 
-def experts(name: str, preset: str) -> System:
+def experts(name: str, preset: str) -> Row:
     """The expert capsules that ship as ``name``, of that preset."""
     load, stages = lambda train: load_pretrained(name), partial(expert_stages, preset)
-    return System((name,), load, ExpertCapsules.encode, ExpertCapsules.decode, stages, capsules=True)
+    return Row((name,), load, ExpertCapsules.encode, ExpertCapsules.decode, stages, capsules=True)
 
 
-SYSTEMS = {
-    "pca": System(
+ROWS = {
+    "pca": Row(
         (),
         lambda train: fit_pixel_gaussian(train, min(COMPONENTS, len(train))),
         lambda pixels, images: (images.flatten(1) - pixels.mean) @ pixels.directions.T,
         rebuild,
     ),
-    "rbm": System(
+    "rbm": Row(
         ("rbm",),
         lambda train: load_rbm(WEIGHTS / "rbm.safetensors"),
         lambda rbm, images: hidden_probability(rbm, images.flatten(1)),
         lambda rbm, codes: visible_probability(rbm, codes).view(-1, 1, 28, 28),
-        rbm_stages,
+        partial(one_stage, "rbm"),
     ),
-    "vae": System(
+    "vae": Row(
         ("vae-mnist",),
         lambda train: load_vae(),
         lambda vae, images: vae.posterior(images)[0],
         VAE.decode,
-        lambda train: [lambda: train_vae(VAE(), train[0], seed=0)],
+        partial(one_stage, "vae"),
     ),
-    "capsnet": System(
+    "capsnet": Row(
         ("capsnet-mnist",),
         lambda train: load_capsnet(),
         CapsNet.encode,
         CapsNet.decode,
-        lambda train: [lambda: train_capsnet(CapsNet(), *train, seed=0)],
+        partial(one_stage, "capsnet"),
         capsules=True,
         labels=True,
     ),
@@ -154,7 +145,7 @@ def parameters(system: Any) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def groups(system: System, codes: Tensor, test_codes: Tensor, labels: Int[Tensor, "M"], seed: int) -> dict:
+def groups(system: Row, codes: Tensor, test_codes: Tensor, labels: Int[Tensor, "M"], seed: int) -> dict:
     """How well the groups of the test images, longest capsules or clusters, agree with the classes; how many groups."""
     if system.capsules:
         found = winner_measures(test_codes, labels)
@@ -179,7 +170,7 @@ def minutes(stages: Stages) -> float | None:
     return seconds / 60 if stages else None
 
 
-def measure(system: System, train: Split, test: Split, seed: int) -> tuple[dict, dict[str, Tensor]]:
+def measure(system: Row, train: Split, test: Split, seed: int) -> tuple[dict, dict[str, Tensor]]:
     """All measures of a row, and its pictures by the end of their names."""
     (known, known_labels), (images, labels), classifier = train, test, load_classifier()
     trained, ends = system.load(known), {"": lambda codes: codes} | ({"/alone": longest} if system.capsules else {})
@@ -202,7 +193,7 @@ class Results(results.Results):
     records = "rows"
 
     def holds(self, name: str) -> bool:
-        return super().holds(name, fingerprint=results.fingerprint("classifier-mnist", *SYSTEMS[name].weights))
+        return super().holds(name, fingerprint=results.fingerprint("classifier-mnist", *ROWS[name].weights))
 
 
 def run(found: Results, names: list[str]) -> None:
@@ -211,7 +202,7 @@ def run(found: Results, names: list[str]) -> None:
     print(f"{'':12s}{''.join(f'{title:>21s}' for title in TABLE)}")
     for name in names:
         if not found.holds(name):
-            system, fingerprint = SYSTEMS[name], results.fingerprint("classifier-mnist", *SYSTEMS[name].weights)
+            system, fingerprint = ROWS[name], results.fingerprint("classifier-mnist", *ROWS[name].weights)
             torch.manual_seed(found.seed)
             record, pictures = measure(system, train, test, found.seed)
             record |= {"training": minutes(system.stages(train)), "fingerprint": fingerprint}
@@ -227,7 +218,7 @@ def show(name: str, record: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run(*results.command_line(__doc__, list(SYSTEMS), arguments, Results))
+    run(*results.command_line(__doc__, list(ROWS), arguments, Results))
 
 
 if __name__ == "__main__":

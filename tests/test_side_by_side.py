@@ -11,7 +11,7 @@ from capsnb.baselines.rbm import RBM
 from capsnb.evaluation import winner
 from capsnb.training import Step
 from experiments import side_by_side
-from experiments.side_by_side import SYSTEMS, groups, in_parts, longest, main, measure, minutes, parameters
+from experiments.side_by_side import ROWS, groups, in_parts, longest, main, measure, minutes, parameters
 
 
 def test_the_longest_capsule_is_kept_and_the_others_are_set_to_zero():
@@ -53,19 +53,19 @@ def test_processor_minutes_are_the_first_update_and_the_median_of_others_times_t
 def test_groups_are_the_longest_capsules_or_clusters_of_codes():
     labels = torch.arange(30) % 3
     capsules = torch.nn.functional.one_hot(labels, 5).unsqueeze(2) * torch.ones(2)
-    found = groups(SYSTEMS["sparse"], capsules, capsules, labels, seed=0)
+    found = groups(ROWS["sparse"], capsules, capsules, labels, seed=0)
     assert found == {"purity": 1.0, "assignment_accuracy": 1.0, "groups": 5}
-    mixed = groups(SYSTEMS["sparse"], capsules, capsules.roll(1, 0) + capsules, torch.zeros_like(labels), seed=0)
+    mixed = groups(ROWS["sparse"], capsules, capsules.roll(1, 0) + capsules, torch.zeros_like(labels), seed=0)
     assert mixed["purity"] == 1.0 and mixed["assignment_accuracy"] < 1.0
     points = torch.arange(30.0).unsqueeze(1) * 100
-    assert groups(SYSTEMS["vae"], points, points, labels, seed=0)["groups"] == side_by_side.CLUSTERS
+    assert groups(ROWS["vae"], points, points, labels, seed=0)["groups"] == side_by_side.CLUSTERS
 
 
-@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "paper"])
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "paper"])
 def test_a_system_that_ships_makes_of_its_codes_what_it_saw(name):
     """The published reading of the paper is left out: what it makes is black."""
     images, _ = data.load("mnist", "test", sample=True)
-    system = SYSTEMS[name]
+    system = ROWS[name]
     trained = system.load(images)
     codes = in_parts(system.encode, trained, images[:50])
     made = in_parts(system.decode, trained, longest(codes) if system.labels else codes)
@@ -76,7 +76,7 @@ def test_a_system_that_ships_makes_of_its_codes_what_it_saw(name):
 def test_a_row_says_what_the_codes_tell_and_what_one_capsule_shows():
     (images, labels), name = data.load("mnist", "test", sample=True), "sparse"
     split = images[:200], labels[:200]
-    record, pictures = measure(SYSTEMS[name], split, split, seed=0)
+    record, pictures = measure(ROWS[name], split, split, seed=0)
     model = load_pretrained("mnist")
     assert record["parameters"] == sum(each.numel() for each in model.parameters())
     assert record["numbers"] == 320 and record["groups"] == 20 and not record["labels"]
