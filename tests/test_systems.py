@@ -41,6 +41,7 @@ def small(monkeypatch, one_thread):
             monkeypatch.setitem(SYSTEMS[name].presets, preset, settings)
     monkeypatch.setattr(systems, "QUICK_EPOCHS", 1.5)
     monkeypatch.setattr(measures, "TEMPERATURES", 5)
+    monkeypatch.setattr(measures, "CHAINS", 7)
     monkeypatch.setattr("capsnb.training._SECONDS_BETWEEN_CHECKPOINTS", -1.0)
 
 
