@@ -76,6 +76,7 @@ function beginPose(model, fields) {
   const manifest = model.get("manifest"), next = { ...model.get("state"), image: null, ...fields };
   const { poses, dim } = manifest, digit = digitOf(manifest, next.image);
   if (!poses.bounded) next.domain = "complete";
+  next.dimension = Math.min(next.dimension, dim - 1); // of the model before there may have been more
   const pose = {
     real: () => poseOf(digit.code, next.capsule, dim),
     random: () => randomPose(next.domain, poses, next.capsule),

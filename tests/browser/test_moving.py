@@ -189,10 +189,11 @@ def test_another_system_begins_with_the_same_image_and_shows_what_torch_makes_of
 
 def test_the_address_names_the_system_and_reset_returns_to_the_first(page, window, vae):
     explorer = show(page, "01-start-here", "explorer")
+    explorer.get_by_text("restricted").click()
     explorer.get_by_label("System").select_option("vae")
     explorer.get_by_role("button", name="Random pose").click()
     named = exact_pose(explorer)
-    assert "explorer.system=vae" in page.url
+    assert "explorer.system=vae" in page.url and "explorer.domain=complete" in page.url
     other = window()
     other.goto(page.url)
     again = widget(other, "explorer")
@@ -233,6 +234,7 @@ def page_of_small_systems(window, serve, tmp_path, small_networks, monkeypatch):
 def test_networks_of_other_sizes_are_moved_capsule_by_capsule(page_of_small_systems, small_networks):
     page = page_of_small_systems
     explorer = show(page, "01-start-here", "explorer")
+    explorer.get_by_label("number", exact=True).select_option("11")
     for name, (_, moved) in small_networks.items():
         explorer.get_by_label("System").select_option(name)
         expect(sliders(explorer)).to_have_count(5)
