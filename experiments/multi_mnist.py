@@ -1,6 +1,6 @@
 """Train CapsNet on pairs of overlapping digits, and measure how well it reads and draws both.  Sabour2017, section 6.
 
-    python -m experiments.multi_mnist --out capsnb/results/multi-mnist.json     about 45 minutes of one processor core
+    python -m experiments.multi_mnist --out capsnb/results/multi-mnist.json     about 25 minutes of one processor core
     python -m experiments.multi_mnist --quick --out FILE     few updates on the shipped sample: only for checks
 
 It begins with the convolutions of the shipped CapsNet, trained on single digits; everything else begins anew. The pairs

@@ -18,9 +18,9 @@ from capsnb.evaluation import CLASSES
 from capsnb.multi_mnist import SIZE, draw_pairs
 from capsnb.training import Step, adam, minimise
 
-# Epochs and batch are ours: 120,000 pairs, about 40 minutes of a processor core (the paper made 60 million), in small
+# Epochs and batch are ours: 60,000 pairs, about 20 minutes of a processor core (the paper made 60 million), in small
 # batches, which make more updates of them. The digits of a pair are moved where it is made, so the image is not.
-PAIRS = CapsNetSettings(size=SIZE, shift=0, epochs=2.0, batch=32)
+PAIRS = CapsNetSettings(size=SIZE, shift=0, epochs=1.0, batch=32)
 
 
 class PairsCapsNet(CapsNet):
