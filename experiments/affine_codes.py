@@ -15,6 +15,7 @@ from capsnb.baselines.capsnet import load_capsnet
 from capsnb.baselines.rbm import hidden_probability, load_rbm
 from capsnb.baselines.sparse_capsules import load_sparse_capsules
 from capsnb.baselines.vae import load_vae
+from capsnb.evaluation import winner
 from capsnb.model import ExpertCapsules
 from capsnb.pretrained import WEIGHTS
 from capsnb.subspaces import principal_directions
@@ -112,6 +113,17 @@ def all_on(weights: str, views: Views, where: str) -> OfSet:
     return lambda name: in_parts(lambda x: all_poses(W, x.float().flatten(1)), views.lower(where, name))
 
 
+def random_one_on(views: Views, where: str) -> OfSet:
+    """The capsules of the random W with all but the longest of each image set to 0."""
+    poses = all_on("noise", views, where)
+
+    def longest(name: str) -> Float[Tensor, "N J d"]:
+        found = poses(name)
+        return found * F.one_hot(winner(found), found.shape[1]).unsqueeze(2)
+
+    return longest
+
+
 def network(load: Callable, encode: Callable[..., Codes], views: Views, where: str) -> OfSet:
     """The code of a system that ships: ``encode(load(), images)``."""
     return lambda name: in_parts(partial(encode, load()), views.images(where, name))
@@ -136,6 +148,7 @@ CODES = {
     "one-on": Code((MODEL,), one_on),
     "all-on": Code((MODEL,), partial(all_on, "W")),
     "random": Code((MODEL,), partial(all_on, "noise")),
+    "random-one-on": Code((MODEL,), random_one_on),
     "vae": Code(("vae-mnist",), partial(network, load_vae, lambda vae, images: vae.posterior(images)[0])),
     "rbm": Code(
         ("rbm",),

@@ -65,7 +65,7 @@ ROWS = {
     for where, codes in {
         "windows": ("one-on", "all-on", "random", "pixels"),
         "random-windows": ("random",),
-        "mass": ("one-on", "all-on", "random", "pixels", "vae", "rbm", "capsnet", "sparse-capsules"),
+        "mass": ("one-on", "all-on", "random", "random-one-on", "pixels", "vae", "rbm", "capsnet", "sparse-capsules"),
         "frame": ("pixels", "pca"),
     }.items()
     for code in codes

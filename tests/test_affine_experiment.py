@@ -100,6 +100,8 @@ def test_codes_are_taken_of_what_the_row_sees(views, small):
     lower = small.lower_capsules(seen).detach().flatten(1)
     for name, W in (("all-on", small.encoder.W.detach()), ("random", views.noise)):
         assert_close(found[name], all_poses(W, lower), **near)
+    longest = found["random"].norm(dim=2) == found["random"].norm(dim=2).amax(1, keepdim=True)
+    assert torch.equal(CODES["random-one-on"].make(views, "windows")("plain"), found["random"] * longest.unsqueeze(2))
     assert torch.equal(CODES["pixels"].make(views, "frame")("placed"), views.sets["placed"].images.flatten(1))
 
 
