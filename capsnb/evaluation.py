@@ -17,6 +17,7 @@ from capsnb.sampling import one_at_a_time, sample_poses
 
 IN_USE = 0.01  # a capsule is in use when it wins at least this share of the images
 CLASSES = 10
+SVM_C = 10.0  # of ``svm_probe``
 
 
 def winner(capsules: Float[Tensor, "B J d"]) -> Int[Tensor, "B"]:
@@ -107,9 +108,13 @@ def svm_probe(
 
     The kernel's gamma is 3 over the total variance of the numbers. Takes minutes for 60,000 images.
     """
-    gamma = 3 / (train[0].numel() * train.var().clamp(min=1e-12).item())
-    machine = SVC(C=10.0, gamma=gamma, cache_size=2000).fit(train.flatten(1).numpy(), labels.numpy())
+    machine = SVC(C=SVM_C, gamma=svm_gamma(train), cache_size=2000).fit(train.flatten(1).numpy(), labels.numpy())
     return float(machine.score(test.flatten(1).numpy(), truth.numpy()))
+
+
+def svm_gamma(train: Float[Tensor, "N ..."]) -> float:
+    """The gamma of ``svm_probe`` for these codes."""
+    return 3 / (train[0].numel() * train.var().clamp(min=1e-12).item())
 
 
 def kmeans_purity(

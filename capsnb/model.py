@@ -38,8 +38,8 @@ class ConvAutoencoder(nn.Module):
         self.register_buffer("origin", torch.zeros(channels, *GRID))
         self.to(memory_format=torch.channels_last)  # about three times faster on CPUs
 
-    def encode(self, images: Float[Tensor, "B 1 28 28"]) -> Float[Tensor, "B C 6 6"]:
-        """The 128 features at 6 x 6 positions, with the empty image at ``origin``."""
+    def encode(self, images: Float[Tensor, "B 1 height width"]) -> Float[Tensor, "B C rows columns"]:
+        """The 128 features at 6 x 6 positions, with the empty image at ``origin``; at more for a larger image."""
         first = F.leaky_relu(F.conv2d(images, self.filters1, self.biases[0]), self.settings.slope)
         return F.leaky_relu(F.conv2d(first, self.filters2, self.biases[1], stride=2), self.settings.slope)
 

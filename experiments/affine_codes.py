@@ -1,0 +1,165 @@
+"""What is seen of frames of 40 x 40, and the codes of it: for ``affine_mnist``."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from capsnb import load_pretrained, runs, squash, training
+from capsnb.affine_mnist import FramedDigits
+from capsnb.baselines.capsnet import load_capsnet
+from capsnb.baselines.rbm import hidden_probability, load_rbm
+from capsnb.baselines.sparse_capsules import load_sparse_capsules
+from capsnb.baselines.vae import load_vae
+from capsnb.evaluation import winner
+from capsnb.model import ExpertCapsules
+from capsnb.pretrained import WEIGHTS
+from capsnb.subspaces import principal_directions
+from capsnb.windows import answers, best_window, centred_window, crop, lower_map, window_capsules
+from experiments.seeds import all_poses
+
+MODEL = "mnist"
+OUTSIDE = 8  # pixels by which a window may stick out of the frame, as those of thin digits at its edge do
+COMPONENTS = 320  # of the principal component analysis: as many numbers as 20 capsules of 16 have
+PART = 100  # frames searched at once
+SEARCHES = ("windows", "random-windows")
+
+Codes = Float[Tensor, "N ..."]
+OfSet = Callable[[str], Codes]  # the code of a set by its name
+
+
+def search(
+    model: ExpertCapsules, weights: list[Float[Tensor, "I J d e"]], frames: Float[Tensor, "N 1 height width"]
+) -> Int[Tensor, "weights N 2"]:
+    """For each of ``weights``, the window of every frame that its capsules answer most."""
+    found = []
+    for part in frames.split(PART):
+        with training.autocast(part.device):
+            x = lower_map(model, part)
+            found.append(torch.stack([best_window(answers(window_capsules(x, W))) for W in weights]))
+    return torch.cat(found, dim=1)
+
+
+class Views:
+    """The shipped model, a random W like its own, and what is seen of every set of frames, made when first asked."""
+
+    def __init__(self, sets: dict[str, FramedDigits], seed: int):
+        self.sets, self.model = sets, load_pretrained(MODEL)
+        self.W = self.model.encoder.W.detach()
+        self.noise = self.W.std() * torch.randn(self.W.shape, generator=torch.Generator().manual_seed(seed))
+        self.kept = {}
+
+    def frames(self, name: str) -> Float[Tensor, "N 1 H W"]:
+        """The frames of a set, with room about them for windows that stick out."""
+        return F.pad(self.sets[name].images, [OUTSIDE] * 4)
+
+    def searched(self, name: str) -> Int[Tensor, "2 N 2"]:
+        """The windows of a set that the capsules of either W answer most."""
+        return self.keep(("searched", name), lambda: search(self.model, [self.W, self.noise], self.frames(name)))
+
+    def places(self, where: str, name: str) -> Int[Tensor, "N 2"]:
+        """The windows of a set."""
+        if where == "mass":
+            return centred_window(self.frames(name))
+        return self.searched(name)[SEARCHES.index(where)]
+
+    def images(self, where: str, name: str) -> Float[Tensor, "N 1 h w"]:
+        """What is seen of a set: its frames, or the windows."""
+        return self.sets[name].images if where == "frame" else crop(self.frames(name), self.places(where, name))
+
+    def lower(self, where: str, name: str) -> Float[Tensor, "N I e"]:
+        """Stage 1's capsules in the windows of a set, squashed, in 16 bits."""
+        return self.keep((where, name), lambda: self.encoded(self.images(where, name)))
+
+    def encoded(self, images: Float[Tensor, "N 1 28 28"]) -> Float[Tensor, "N I e"]:
+        """Stage 1's capsules of any images, squashed, in 16 bits."""
+        rows = runs.Encoded(self.model, images)
+        return torch.cat([squash(rows[part]).half() for part in torch.arange(len(images)).split(500)])
+
+    def keep(self, key: tuple[str, str], make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gave for ``key`` when first asked."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+
+# Codes: given the views and where, the code of a set by its name
+
+
+def pixels(views: Views, where: str) -> OfSet:
+    """The pixels themselves."""
+    return lambda name: views.images(where, name).flatten(1)
+
+
+def pca(views: Views, where: str) -> OfSet:
+    """Principal components of the pixels, fitted to MNIST digits at random places."""
+    known = pixels(views, where)("placed")
+    mean, directions = known.mean(0), principal_directions(known - known.mean(0), COMPONENTS)
+    return lambda name: (pixels(views, where)(name) - mean) @ directions
+
+
+def one_on(views: Views, where: str) -> OfSet:
+    """The capsules as ``ExpertCapsules.encode`` gives them: the one that explains most is on."""
+    return lambda name: in_parts(lambda x: views.model.encoder.encode(x.float()), views.lower(where, name))
+
+
+def all_on(weights: str, views: Views, where: str) -> OfSet:
+    """The pose that every capsule would have if it were the one that is on, with the given W."""
+    W = getattr(views, weights)
+    return lambda name: in_parts(lambda x: all_poses(W, x.float().flatten(1)), views.lower(where, name))
+
+
+def random_one_on(views: Views, where: str) -> OfSet:
+    """The capsules of the random W with all but the longest of each image set to 0."""
+    poses = all_on("noise", views, where)
+
+    def longest(name: str) -> Float[Tensor, "N J d"]:
+        found = poses(name)
+        return found * F.one_hot(winner(found), found.shape[1]).unsqueeze(2)
+
+    return longest
+
+
+def network(load: Callable, encode: Callable[..., Codes], views: Views, where: str) -> OfSet:
+    """The code of a system that ships: ``encode(load(), images)``."""
+    return lambda name: in_parts(partial(encode, load()), views.images(where, name))
+
+
+def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """The outputs of ``function``, a part of the rows at a time."""
+    with torch.no_grad():
+        return torch.cat([function(part) for part in rows.split(250)])
+
+
+class Code(NamedTuple):
+    """The weight files of a code, and how it is made."""
+
+    weights: tuple[str, ...]
+    make: Callable[[Views, str], OfSet]
+
+
+CODES = {
+    "pixels": Code((), pixels),
+    "pca": Code((), pca),
+    "one-on": Code((MODEL,), one_on),
+    "all-on": Code((MODEL,), partial(all_on, "W")),
+    "random": Code((MODEL,), partial(all_on, "noise")),
+    "random-one-on": Code((MODEL,), random_one_on),
+    "vae": Code(("vae-mnist",), partial(network, load_vae, lambda vae, images: vae.posterior(images)[0])),
+    "rbm": Code(
+        ("rbm",),
+        partial(
+            network,
+            lambda: load_rbm(WEIGHTS / "rbm.safetensors"),
+            lambda rbm, images: hidden_probability(rbm, images.flatten(1)),
+        ),
+    ),
+    "capsnet": Code(("capsnet-mnist",), partial(network, load_capsnet, lambda net, images: net.encode(images))),
+    "sparse-capsules": Code(
+        ("sparse-capsules-mnist",), partial(network, load_sparse_capsules, lambda net, images: net.encode(images))
+    ),
+}
