@@ -238,6 +238,7 @@ def test_networks_of_other_sizes_are_moved_capsule_by_capsule(page_of_small_syst
     for name, (_, moved) in small_networks.items():
         explorer.get_by_label("System").select_option(name)
         expect(sliders(explorer)).to_have_count(5)
+        expect(explorer.get_by_label("number", exact=True)).to_have_value(re.compile("[0-4]"))
         explorer.get_by_label("Capsule", exact=True).select_option("6")
         expect_picture(large(explorer), alone(moved, 6, moved.poses.mean[6].tolist()), NEAR)
         sliders(explorer).nth(3).fill("0.7")
