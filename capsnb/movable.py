@@ -12,13 +12,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsnb import data
+from capsnb.baselines.capsnet import load_capsnet
 from capsnb.baselines.capsule_network import PART, CapsuleNetwork
 from capsnb.baselines.vae import VAE, load_vae
 from capsnb.model import ExpertCapsules
 from capsnb.pretrained import load_pretrained
+from capsnb.runs import EXPERT_CAPSULES
 from capsnb.sampling import Poses
 
-EXPERTS = "expert-capsules"
 _IMAGES = 500  # training images whose codes are the poses that are known
 
 
@@ -84,8 +85,14 @@ class Choice(NamedTuple):
 
 
 CHOICES = {
-    EXPERTS: Choice(
+    EXPERT_CAPSULES: Choice(
         "Expert capsules", load_pretrained, ("mnist", "fashion-mnist"), length="how probable it is that it fires"
+    ),
+    "capsnet": Choice(
+        "CapsNet",
+        lambda dataset: movable_network(load_capsnet(), dataset),
+        length="how sure it is that its digit is there",
+        wins="class",
     ),
     "vae": Choice("VAE", lambda dataset: movable_vae(load_vae(), dataset)),
 }
@@ -93,7 +100,7 @@ CHOICES = {
 
 def model_name(system: str, dataset: str) -> str:
     """The name of a system's model: that of its file for the browser."""
-    return dataset if system == EXPERTS else f"{system}-{dataset}"
+    return dataset if system == EXPERT_CAPSULES else f"{system}-{dataset}"
 
 
 def models() -> list[tuple[str, str, str]]:

@@ -20,15 +20,16 @@ from capsnb import data
 from capsnb.evaluation import winner
 from capsnb.explorer import CLASSES
 from capsnb.model import ExpertCapsules
-from capsnb.movable import CHOICES, EXPERTS, Model, model_name
+from capsnb.movable import CHOICES, Model, model_name
 from capsnb.packing import pack
+from capsnb.runs import EXPERT_CAPSULES
 from capsnb.web_layers import described, filter_tensors, layer_tensors, stage1_bias
 
-DATASETS = CHOICES[EXPERTS].datasets
+DATASETS = CHOICES[EXPERT_CAPSULES].datasets
 _IMAGES_A_CLASS = 2
 
 
-def write(model: Model, dataset: str, out: Path, *, system: str = EXPERTS, exact: bool = False) -> None:
+def write(model: Model, dataset: str, out: Path, *, system: str = EXPERT_CAPSULES, exact: bool = False) -> None:
     """Write the files of ``model``, trained on ``dataset``, to ``out``, the large tensors in few bits unless ``exact``.
 
     Raises ValueError for a model that the browser cannot run.
@@ -53,7 +54,7 @@ def parts(model: Model, facts: dict) -> dict[str, dict[str, Tensor]]:
     return {"decoder": decoder_tensors(model, facts), "encoder": encoder_tensors(model)}
 
 
-def manifest(model: Model, dataset: str, system: str = EXPERTS) -> dict:
+def manifest(model: Model, dataset: str, system: str = EXPERT_CAPSULES) -> dict:
     """What the widgets need to know of ``model``, trained on ``dataset``: sizes, settings, poses, 20 real test images.
 
     ``kinds`` holds, for every capsule, the commonest label of the shipped test images that it wins, or -1. ``systems``

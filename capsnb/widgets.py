@@ -24,7 +24,8 @@ from capsnb import live, stills
 from capsnb.checks import require_choice
 from capsnb.evaluation import winner
 from capsnb.explorer import require_number
-from capsnb.movable import CHOICES, EXPERTS, Model
+from capsnb.movable import CHOICES, Model
+from capsnb.runs import EXPERT_CAPSULES
 from capsnb.sampling import one_at_a_time
 from capsnb.web_export import manifest
 
@@ -109,7 +110,7 @@ class Live(anywidget.AnyWidget):
 
     def _source(self, state: dict) -> Source:
         """The model that a state names, and what belongs to it."""
-        system, dataset = state.get("system", EXPERTS), state["dataset"]
+        system, dataset = state.get("system", EXPERT_CAPSULES), state["dataset"]
         require_choice(system, CHOICES, "system")
         require_choice(dataset, CHOICES[system].datasets, "data set")
         return _read(self._load or CHOICES[system].load, system, dataset)
@@ -144,7 +145,12 @@ class Explorer(Live):
     alt = "The image of one pose of one capsule, and eleven images along one of its numbers."
 
     def __init__(
-        self, dataset: str = "mnist", *, system: str = EXPERTS, load: Callable[[str], Model] | None = None, **begin
+        self,
+        dataset: str = "mnist",
+        *,
+        system: str = EXPERT_CAPSULES,
+        load: Callable[[str], Model] | None = None,
+        **begin,
     ):
         self._start({"system": system, "dataset": dataset}, load, begin)
 

@@ -131,9 +131,9 @@ def test_the_files_of_the_website_are_made_of_the_weights_that_ship(name, system
 
 
 def test_the_command_writes_all_files(tmp_path, capsys, small, small_networks, monkeypatch):
-    experts = movable.CHOICES[movable.EXPERTS]._replace(load=lambda dataset: small)
+    experts = movable.CHOICES[movable.EXPERT_CAPSULES]._replace(load=lambda dataset: small)
     capsnet = movable.Choice("CapsNet", lambda dataset: small_networks["capsnet"][1])
-    monkeypatch.setattr(movable, "CHOICES", {movable.EXPERTS: experts, "capsnet": capsnet})
+    monkeypatch.setattr(movable, "CHOICES", {movable.EXPERT_CAPSULES: experts, "capsnet": capsnet})
     assert main(["web", "--out", str(tmp_path / "weights")]) == 0
     names = [f"{dataset}.{end}" for dataset in web_export.DATASETS for end in ("decoder.bin", "encoder.bin", "json")]
     names += ["capsnet-mnist.decoder.bin", "capsnet-mnist.json"]

@@ -14,9 +14,10 @@ from PIL import Image
 from capsnb import data, live
 from capsnb.evaluation import winner
 from capsnb.explorer import decode_alone, shorten, strip
-from capsnb.movable import CHOICES, EXPERTS, Choice
+from capsnb.movable import CHOICES, Choice
 from capsnb.pretrained import load_pretrained
 from capsnb.routing import route_steps
+from capsnb.runs import EXPERT_CAPSULES
 from capsnb.widgets import WEB, Draw, Explorer, Routing, Tour, Walk, bundle
 
 J, D = 5, 7
@@ -251,7 +252,7 @@ def test_the_explorer_moves_the_capsules_of_another_system(other_systems, images
 
 
 def test_a_system_that_was_just_chosen_sends_its_manifest_first_and_waits_for_a_pose(other_systems, load, monkeypatch):
-    monkeypatch.setitem(CHOICES, EXPERTS, CHOICES[EXPERTS]._replace(load=load))
+    monkeypatch.setitem(CHOICES, EXPERT_CAPSULES, CHOICES[EXPERT_CAPSULES]._replace(load=load))
     explorer = Explorer(capsule=4)
     explorer.state = explorer.state | {"system": "vae", "start": "waiting"}
     assert explorer.shown == {} and explorer.manifest["name"] == "vae-mnist"

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from capsnb import data, load_pretrained, web_export
 from capsnb.capsules import squash
 from capsnb.evaluation import winner
-from capsnb.movable import CHOICES, EXPERTS, models
+from capsnb.movable import CHOICES, models
 from capsnb.routing import route_steps
+from capsnb.runs import EXPERT_CAPSULES
 from capsnb.sampling import sample_poses
 from capsnb.sparsity import explanation
 
@@ -24,7 +25,7 @@ NEAR = 0.003  # weights in few bits may take another capsule where two explain a
 @pytest.fixture(scope="module")
 def others(small_networks):
     """Models of the systems that have layers: those that ship, and small ones of other sizes."""
-    shipped = {system: CHOICES[system].load(dataset) for _, system, dataset in models() if system != EXPERTS}
+    shipped = {system: CHOICES[system].load(dataset) for _, system, dataset in models() if system != EXPERT_CAPSULES}
     return shipped | {f"small-{name}": moved for name, (_, moved) in small_networks.items()}
 
 
