@@ -32,6 +32,13 @@ def require_choice(value: str, choices, name: str) -> None:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
 
 
+def require_labels(labels: Tensor, classes: int) -> None:
+    """Raise ValueError unless all ``labels`` are numbers of classes, from 0 on."""
+    if labels.numel() and (labels.min() < 0 or labels.max() >= classes):
+        low, high = labels.min().item(), labels.max().item()
+        raise ValueError(f"labels lie in [{low}, {high}], expected [0, {classes - 1}]; number the classes from 0")
+
+
 def require_images(images: Tensor, size: int = 28) -> None:
     """Raise ValueError unless ``images`` is [B, 1, size, size], floating point, finite and within [0, 1]."""
     require_shape(images, (None, 1, size, size), "images", f"[batch, 1, {size}, {size}]")

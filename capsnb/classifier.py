@@ -12,10 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capsnb import checkpoints
 from capsnb.checks import require_choice, require_images
 from capsnb.evaluation import CLASSES
-from capsnb.pretrained import WEIGHTS
+from capsnb.pretrained import WEIGHTS, load_network
 from capsnb.training import Step, adam, minimise
 
 CLASSIFIERS = ("mnist",)
@@ -97,10 +96,8 @@ def train_classifier(
 def load_classifier(dataset: str = "mnist") -> Classifier:
     """The trained classifier of ``dataset`` that ships with capsnb, on the CPU.  Raises ValueError for another name."""
     require_choice(dataset, CLASSIFIERS, "data set with a classifier")
-    tensors, facts = checkpoints.read(WEIGHTS / f"classifier-{dataset}.safetensors")
-    classifier = Classifier(ClassifierSettings(**facts["settings"]))
-    classifier.load_state_dict({name: tensor.to(classifier.state_dict()[name]) for name, tensor in tensors.items()})
-    return classifier.eval()
+    path = WEIGHTS / f"classifier-{dataset}.safetensors"
+    return load_network(lambda content: Classifier(ClassifierSettings(**content)), path)
 
 
 def _block(inputs: int, outputs: int, size: int) -> tuple[nn.Module, ...]:

@@ -70,6 +70,18 @@ def activation_measures(capsules: Float[Tensor, "B J d"]) -> dict:
     }
 
 
+def ranks(score: Float[Tensor, "N J"]) -> dict[str, list]:
+    """Scores in falling order over the largest one, means over images; and how often each capsule has each rank."""
+    falling, order = score.sort(dim=1, descending=True)
+    counts = torch.zeros(score.shape[1], score.shape[1])
+    for rank, capsules in enumerate(order.T):
+        counts[:, rank] = torch.bincount(capsules, minlength=score.shape[1])
+    return {
+        "share_of_largest": (falling / falling[:, :1]).mean(0).tolist(),
+        "rank_frequency": (counts / len(score)).tolist(),
+    }
+
+
 def effective_rank(W: Float[Tensor, "I J d e"]) -> float:
     """exp of the entropy of the squared singular values of each capsule's [d, I·e] matrix, averaged over capsules."""
     values = torch.linalg.svdvals(W.permute(1, 2, 0, 3).flatten(2)).square()
@@ -78,9 +90,9 @@ def effective_rank(W: Float[Tensor, "I J d e"]) -> float:
 
 
 def linear_probe(
-    train: Float[Tensor, "N J d"], labels: Int[Tensor, "N"], test: Float[Tensor, "M J d"], truth: Int[Tensor, "M"]
+    train: Float[Tensor, "N ..."], labels: Int[Tensor, "N"], test: Float[Tensor, "M ..."], truth: Int[Tensor, "M"]
 ) -> float:
-    """Test accuracy of multinomial logistic regression on all pose numbers, scaled together; at most 200 iterations."""
+    """Test accuracy of logistic regression on all numbers of a code, scaled together; at most 200 iterations."""
     scale = train.std().clamp(min=1e-6)
     probe = LogisticRegression(C=10.0, max_iter=200)
     with warnings.catch_warnings():
@@ -90,9 +102,9 @@ def linear_probe(
 
 
 def svm_probe(
-    train: Float[Tensor, "N J d"], labels: Int[Tensor, "N"], test: Float[Tensor, "M J d"], truth: Int[Tensor, "M"]
+    train: Float[Tensor, "N ..."], labels: Int[Tensor, "N"], test: Float[Tensor, "M ..."], truth: Int[Tensor, "M"]
 ) -> float:
-    """Test accuracy of a support vector machine on all pose numbers: Gaussian kernel, C = 10.
+    """Test accuracy of a support vector machine on all numbers of a code: Gaussian kernel, C = 10.
 
     The kernel's gamma is 3 over the total variance of the numbers. Takes minutes for 60,000 images.
     """
@@ -113,10 +125,17 @@ def kmeans_purity(
     clusters: int = 20,
     seed: int = 0,
 ) -> float:
-    """Purity on the test images of k-means fitted to the training images' pixels, the best of 5 starts."""
+    """Purity of ``kmeans_table``."""
+    return purity(kmeans_table(train, test, truth, clusters=clusters, seed=seed))
+
+
+def kmeans_table(
+    train: Float[Tensor, "N ..."], test: Float[Tensor, "M ..."], truth: Int[Tensor, "M"], *, clusters: int, seed: int
+) -> Int[Tensor, "clusters 10"]:
+    """How many test images of each class fall in each cluster of k-means, fitted to ``train``, the best of 5 starts."""
     means = KMeans(clusters, n_init=5, random_state=seed).fit(train.flatten(1).numpy())
     groups = torch.as_tensor(means.predict(test.flatten(1).numpy()), dtype=torch.long)
-    return purity(contingency(groups, truth, clusters))
+    return contingency(groups, truth, clusters)
 
 
 def is_negative(images: Float[Tensor, "B 1 28 28"], real: Float[Tensor, "N 1 28 28"]) -> Tensor:

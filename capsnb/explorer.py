@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from capsnb.checks import require_choice
-from capsnb.model import ExpertCapsules
+from capsnb.movable import Model
 from capsnb.plots import tile
 from capsnb.sampling import Poses, restrict
 
@@ -30,9 +30,10 @@ LONGEST = 1 - 1e-6  # a squashed capsule is shorter than 1
 class State(TypedDict):
     """Everything that decides what the explorer shows: small, and JSON as it stands."""
 
+    system: str  # one of ``capsnb.movable.CHOICES``
     dataset: str
     capsule: int
-    start: str  # where the pose began: "real", "random" or "mean"
+    start: str  # where the pose began: "real", "random" or "mean"; "waiting" for a model that was just chosen
     image: int | None  # the shipped test image that it began with, if any
     pose: list[float]  # where the sliders stand
     domain: str  # "complete" or "restricted"
@@ -40,12 +41,12 @@ class State(TypedDict):
 
 
 def shown_pose(state: State, poses: Poses) -> Float[Tensor, " d"]:
-    """The pose that is decoded: the sliders', turned if the domain is restricted, shortened to a length below 1.
+    """The pose that is decoded: the sliders', turned if the domain is restricted; capsules are shortened to below 1.
 
     Raises ValueError for a capsule, dimension, domain or pose that the model does not have.
     """
     capsules, dim = poses.mean.shape
-    require_choice(state["domain"], DOMAINS, "domain")
+    require_choice(state["domain"], DOMAINS if poses.bounded else DOMAINS[:1], "domain")
     for name, count in (("capsule", capsules), ("dimension", dim)):
         require_number(state[name], count, name)
     if len(state["pose"]) != dim or not np.isfinite(state["pose"]).all():
@@ -60,18 +61,18 @@ def require_number(value: int, count: int, name: str) -> None:
 
 
 def strip_poses(state: State, poses: Poses) -> Float[Tensor, "11 d"]:
-    """The shown pose with every one of ``OFFSETS`` added to one dimension; the sixth is the shown pose itself."""
+    """The shown pose with one dimension moved in even steps through the poses' reach; the sixth is the pose itself."""
     moved = shown_pose(state, poses).repeat(len(OFFSETS), 1)
-    moved[:, state["dimension"]] += torch.tensor(OFFSETS)
+    moved[:, state["dimension"]] += torch.tensor(OFFSETS) * (poses.reach / OFFSETS[-1])
     return _allowed(moved, state, poses)
 
 
-def strip(state: State, model: ExpertCapsules) -> Float[Tensor, "11 1 28 28"]:
+def strip(state: State, model: Model) -> Float[Tensor, "11 1 28 28"]:
     """The images of ``strip_poses``; the sixth is the picture that the explorer shows."""
     return decode_alone(model, state["capsule"], strip_poses(state, model.poses))
 
 
-def decode_alone(model: ExpertCapsules, capsule: int, poses: Float[Tensor, "B d"]) -> Float[Tensor, "B 1 28 28"]:
+def decode_alone(model: Model, capsule: int, poses: Float[Tensor, "B d"]) -> Float[Tensor, "B 1 28 28"]:
     """Images of ``poses`` of one capsule, with all others zero.  Section 4.2."""
     layer = poses.new_zeros(len(poses), *model.poses.mean.shape)
     layer[:, capsule] = poses
@@ -87,7 +88,7 @@ def shorten(pose: Float[Tensor, "*axes d"]) -> Float[Tensor, "*axes d"]:
 def _allowed(pose: Float[Tensor, "B d"], state: State, poses: Poses) -> Float[Tensor, "B d"]:
     if state["domain"] == "restricted":
         pose = restrict(pose[:, None], poses.mean[[state["capsule"]]])[:, 0]
-    return shorten(pose)
+    return shorten(pose) if poses.bounded else pose
 
 
 def png(images: Float[Tensor, "*rows count 1 28 28"], scale: int, *, gap: int = 0, mark: int | None = None) -> bytes:

@@ -16,6 +16,7 @@ from capsnb.capsules import squash
 from capsnb.checks import require_choice
 from capsnb.explorer import OFFSETS, decode_alone, require_number, shorten, shown_pose, strip
 from capsnb.model import GRID, ExpertCapsules
+from capsnb.movable import Model
 from capsnb.routing import route_steps
 from capsnb.sparsity import explanation
 
@@ -24,7 +25,7 @@ SWING = 0.25  # how far the tour moves a number: as far as the strip reaches
 Shown = dict[str, bytes]
 
 
-def explorer(model: ExpertCapsules, state: dict, digits: dict[int, dict]) -> Shown:
+def explorer(model: Model, state: dict, digits: dict[int, dict]) -> Shown:
     """The picture of a pose of one capsule, and the strip along one of its numbers."""
     images = strip(state, model)
     return {"picture": grey(images[len(OFFSETS) // 2]), "strip": grey(images)}

@@ -1,4 +1,6 @@
-"""Numbers in few bits: the weight files of the browser, read by ``capsnb/web/weights.js``."""
+"""Numbers in few bits: the weight files of the browser, read by ``capsnb/web/weights.js``, and those that ship."""
+
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor
 
 # Bits of a number, and how many share a scale: the closest to torch that fits into 3.2 MB a data set. Others: float16.
 PRECISION = {"U": (9, 32), "W": (8, 16), "filters2": (8, 64)}
+_SCALES = ".scales"  # what is behind the name of filters of 8 bits in the name of their scales
 _DAMPING = 0.01  # of the mean of a moment's diagonal, as in Frantar 2022
 
 
@@ -70,3 +73,21 @@ def quantised(
         error = (rest[..., k] - whole[..., k] * steps[..., k]) / follow[k, k]
         rest = rest - error.unsqueeze(-1) * follow[k] * (torch.arange(len(moment)) > k)
     return whole, scales
+
+
+def shrunk(tensors: dict[str, Tensor], filters: Collection[str] = ()) -> dict[str, Tensor]:
+    """Floating-point tensors in 16 bits, and of those named ``filters`` in 8, with a scale for every filter."""
+    small = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    for name in filters:
+        whole, scales = quantised(tensors[name].detach().float(), 8, tensors[name][0, 0].numel())
+        small |= {name: whole.to(torch.int8), name + _SCALES: scales}
+    return small
+
+
+def restored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that ``shrunk`` was given, as near as their bits allow; others as they are."""
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith(_SCALES)}
+    for name in found:
+        if (scales := tensors.get(name + _SCALES)) is not None:
+            found[name] = (tensors[name].float().view(len(scales), -1) * scales.float()[:, None]).view_as(found[name])
+    return found

@@ -1,16 +1,22 @@
 """Trained models: the ones that ship with capsnb, and those in a folder of your own."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 
-from capsnb import checkpoints, settings
+from capsnb import checkpoints, packing, settings
 from capsnb.checks import require_choice
 from capsnb.model import ExpertCapsules
 
 WEIGHTS = Path(__file__).parent / "weights"
 NAMES = ("mnist", "fashion-mnist", "mnist-paper", "mnist-dense", "mnist-bias-free")
+
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def load_pretrained(name: str) -> ExpertCapsules:
@@ -26,18 +32,27 @@ def load_pretrained(name: str) -> ExpertCapsules:
 
 def load_model(path: Path | str) -> ExpertCapsules:
     """The model that ``save_model`` wrote to ``path``.  Raises FileNotFoundError, or ValueError for another file."""
+    return load_network(lambda content: ExpertCapsules(settings.from_dict(content)), path)
+
+
+def load_network(make: Callable[[dict], Network], path: Path | str) -> Network:
+    """The network of which ``path`` holds the weights, in evaluation mode on the CPU; ``make`` takes its settings.
+
+    Raises FileNotFoundError, or ValueError for the file of another network.
+    """
     path = Path(path)
     tensors, facts = checkpoints.read(path)
     if facts.get("autoencoder"):
         shared, _ = checkpoints.read(path.with_name(facts["autoencoder"]))
         tensors |= {key: value for key, value in shared.items() if key.startswith("autoencoder.")}
     try:
-        model = ExpertCapsules(settings.from_dict(facts["settings"]))
-        model.load_state_dict({key: value.float() for key, value in tensors.items()})
+        network = make(facts["settings"])
+        wanted = network.state_dict()
+        network.load_state_dict({key: value.to(wanted[key]) for key, value in packing.restored(tensors).items()})
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a whole model ({reason}); make one with `python -m capsnb train`") from error
-    return model.eval()
+    return network.eval()
 
 
 def save_model(

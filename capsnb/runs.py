@@ -1,17 +1,20 @@
-"""A whole training run in a folder: the three stages, their checkpoints, the finished model and its metrics.
+"""A training run in a folder: what all systems share, and the three stages of expert capsules.
 
     stage1.safetensors  stage2.safetensors  stage3.safetensors   checkpoints, kept, so that --resume finds them
     model.safetensors                                            the finished model
     metrics.json                                                 seed, versions, settings, seconds, curves
+
+Systems that are trained in one go have a checkpoint.safetensors instead: see capsnb.systems.
 """
 
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,21 +33,28 @@ try:
 except ImportError:  # Windows
     resource = None
 
+EXPERT_CAPSULES = "expert-capsules"
 STAGES = (1, 2, 3)
 _PARTS = {1: "autoencoder", 2: "encoder", 3: "decoder"}
-_CURVE_EVERY = 10  # steps averaged into one point of a curve
+_CURVE_EVERY = 10  # steps averaged into one point of a curve, of more than 3,000 as many as leave 300 points
 
 
 @dataclass(frozen=True)
 class Run:
     """One run: what is trained on which data, with which seed, into which folder."""
 
-    settings: Settings
+    settings: Settings | Any  # Any: those of another system
     dataset: str
     out: Path
     seed: int = 0
     device: str = "cpu"
     quick: bool = False
+    system: str = EXPERT_CAPSULES
+
+    def facts(self, images: int) -> dict:
+        """What stays the same while the run goes on, for so many images."""
+        facts = {"system": self.system, "dataset": self.dataset, "images": images, "seed": self.seed}
+        return facts | {"quick": self.quick, "settings": asdict(self.settings)}
 
 
 def train(run: Run, images: Tensor, *, stages: tuple[int, ...] = STAGES, resume: bool = False) -> ExpertCapsules:
@@ -54,7 +64,9 @@ def train(run: Run, images: Tensor, *, stages: tuple[int, ...] = STAGES, resume:
     run with other settings, FileNotFoundError when an earlier stage is missing.
     """
     distributed.require_same(settings=asdict(run.settings), seed=run.seed, stages=stages)
-    metrics = distributed.from_rank_0(lambda: _open(run, len(images), stages, resume))
+    begun = [f"stage {stage}" for stage in stages if _checkpoint(run, stage).exists()]
+    metrics = distributed.from_rank_0(lambda: open_folder(run, len(images), begun, resume))
+    metrics.setdefault("stages", {})
     torch.manual_seed(run.seed)
     model = ExpertCapsules(run.settings).to(run.device)
     encoded = Encoded(model, images)
@@ -113,15 +125,12 @@ def upper_capsules(encoder: CapsuleEncoder, z_lower: training.Rows) -> Tensor:
 
 
 def _train_stage(encoded: Encoded, run: Run, stage: int, metrics: dict) -> None:
-    model, steps = encoded.model.eval(), _updates(encoded, run, stage)
-    if distributed.rank() > 0:
-        for _ in steps:  # rank 0 shows and writes them for all
-            pass
-        return
-    _follow(steps, run, stage, metrics)
-    part = getattr(model, _PARTS[stage])
-    facts = {"finished": True, "settings": asdict(part.settings), "seed": run.seed}
-    checkpoints.write(_checkpoint(run, stage), part.state_dict(), **facts)
+    part, record = getattr(encoded.model.eval(), _PARTS[stage]), metrics["stages"].setdefault(str(stage), {})
+    title, write = f"stage {stage}: {_PARTS[stage]}", partial(write_metrics, run, metrics)
+    follow(_updates(encoded, run, stage), title, record, write)
+    if distributed.rank() == 0:
+        facts = {"finished": True, "settings": asdict(part.settings), "seed": run.seed}
+        checkpoints.write(_checkpoint(run, stage), part.state_dict(), **facts)
 
 
 def _updates(encoded: Encoded, run: Run, stage: int) -> Iterator[training.Step]:
@@ -135,31 +144,39 @@ def _updates(encoded: Encoded, run: Run, stage: int) -> Iterator[training.Step]:
         yield from training.train_decoder(model.decoder, encoded.upper, encoded, **options)
 
 
-def _follow(steps: Iterator[training.Step], run: Run, stage: int, metrics: dict) -> None:
-    """Run ``steps`` to their end behind a progress bar, keeping the curve and the seconds in ``metrics``."""
-    record = metrics["stages"].setdefault(str(stage), {"seconds": 0.0, "steps": [], "loss": []})
+def follow(steps: Iterator[training.Step], title: str, record: dict, write: Callable[[], None]) -> None:
+    """Run ``steps`` to their end behind a progress bar, keeping curve, seconds and peak memory in ``record``.
+
+    ``write`` writes it: at the end, and on the way twice a minute. In several processes, rank 0 does so for all.
+    """
+    if distributed.rank() > 0:
+        for _ in steps:
+            pass
+        return
+    for name, start in (("seconds", 0.0), ("steps", []), ("loss", [])):
+        record.setdefault(name, start)
     started = written = time.monotonic()
     before, losses, bar = record["seconds"], [], None
     for step in steps:
         if bar is None:
-            bar = tqdm(total=step.steps, initial=step.step - 1, desc=f"stage {stage}: {_PARTS[stage]}", mininterval=1.0)
+            bar = tqdm(total=step.steps, initial=step.step - 1, desc=title, mininterval=1.0)
             keep = sum(done < step.step for done in record["steps"])
             record["steps"], record["loss"] = record["steps"][:keep], record["loss"][:keep]
         bar.update()
         losses.append(step.loss)
-        if step.step % _CURVE_EVERY == 0 or step.step == step.steps:
+        if step.step % max(_CURVE_EVERY, step.steps // 300) == 0 or step.step == step.steps:
             record["steps"].append(step.step)
             record["loss"].append(round(sum(losses) / len(losses), 6))
             losses = []
             bar.set_postfix(loss=f"{record['loss'][-1]:.4f}")
         record["seconds"] = round(before + time.monotonic() - started, 1)
         if time.monotonic() - written > 30:
-            checkpoints.write_json(run.out / "metrics.json", metrics)
+            write()
             written = time.monotonic()
     if bar is not None:
         bar.close()
     record["peak_memory_mb"] = peak_memory()
-    checkpoints.write_json(run.out / "metrics.json", metrics)
+    write()
 
 
 def _finish(encoded: Encoded, run: Run, metrics: dict) -> None:
@@ -186,19 +203,21 @@ def _finished(run: Run, stage: int) -> dict[str, Tensor] | None:
     return tensors if facts.get("finished") else None
 
 
-def _open(run: Run, images: int, stages: tuple[int, ...], resume: bool) -> dict:
-    """The metrics of this run so far, after checking that what the folder holds belongs to it."""
-    begun = [stage for stage in stages if _checkpoint(run, stage).exists()]
+def open_folder(run: Run, images: int, begun: Sequence[str], resume: bool) -> dict:
+    """The metrics of this run so far, after checking that what the folder holds belongs to it; ``begun`` names that."""
     if begun and not resume:
-        raise FileExistsError(f"{run.out} holds stage {begun[0]} already; add --resume to go on, or change --out")
-    facts = {"dataset": run.dataset, "images": images, "seed": run.seed, "quick": run.quick}
-    facts["settings"] = asdict(run.settings)
-    path = run.out / "metrics.json"
-    metrics = checkpoints.read_json(path) if path.exists() else {"stages": {}}
+        raise FileExistsError(f"{run.out} holds {begun[0]} already; add --resume to go on, or change --out")
+    path, facts = run.out / "metrics.json", run.facts(images)
+    metrics = checkpoints.read_json(path) if path.exists() else {}
     for name, value in facts.items():
         if metrics.get(name, value) != value:
             raise ValueError(f"{run.out} holds a run with {name} {metrics[name]}, not {value}; choose another --out")
-    return facts | {"versions": versions(), "device": run.device, "stages": metrics["stages"]}
+    return metrics | facts | {"versions": versions(), "device": run.device}
+
+
+def write_metrics(run: Run, metrics: dict) -> None:
+    """Write ``metrics.json`` of the run."""
+    checkpoints.write_json(run.out / "metrics.json", metrics)
 
 
 def peak_memory() -> int | None:

@@ -55,6 +55,9 @@ class Poses(torch.nn.Module):
     Gaussians of their directions: ``weights``, ``centres`` and square roots of the covariances.
     """
 
+    bounded = True  # squashed capsules are shorter than 1
+    reach = 0.25  # how far Sabour 2017 moves one number, to see what it does
+
     def __init__(self, capsules: int, dim: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(capsules, dim))
@@ -64,6 +67,11 @@ class Poses(torch.nn.Module):
         self.register_buffer("weights", torch.full((capsules, COMPONENTS), 1 / COMPONENTS))
         self.register_buffer("centres", torch.zeros(capsules, COMPONENTS, dim))
         self.register_buffer("roots", torch.zeros(capsules, COMPONENTS, dim, dim))
+
+    @property
+    def spread(self) -> Float[Tensor, "J d"]:
+        """The standard deviation of every number."""
+        return self.covariance.diagonal(dim1=1, dim2=2).sqrt()
 
     def draw(self, noise: Float[Tensor, "B J d"], *, rng: torch.Generator) -> Float[Tensor, "B J d"]:
         """Poses from the fitted mixtures, with the components drawn here and the rest made of standard ``noise``."""

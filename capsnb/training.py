@@ -186,8 +186,8 @@ def minimise(
     device = next(module.parameters()).device
     facts = {"settings": asdict(module.settings), "seed": seed, "rows": len(data[0])}
     distributed.require_same(**facts)
-    done = _resume(module, plan.optimiser, checkpoint, facts)
-    saved = time.monotonic()
+    kept = Checkpoint(checkpoint, facts)
+    done = _resume(module, plan.optimiser, kept)
     parallel = distributed.parallel(module.train())
     for step in range(done, plan.steps):
         rate = plan.learning_rate * min(1, (step + 1) / plan.warmup) * (1 - step / plan.steps)
@@ -205,11 +205,7 @@ def minimise(
         plan.optimiser.zero_grad()
         loss.backward()
         plan.optimiser.step()
-        last = step + 1 == plan.steps
-        if checkpoint and distributed.rank() == 0 and (last or time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS):
-            tensors = module.state_dict() | checkpoints.pack_optimiser(plan.optimiser)
-            checkpoints.write(checkpoint, tensors, step=step + 1, **facts)
-            saved = time.monotonic()
+        kept.write(step + 1, plan.steps, lambda: module.state_dict() | checkpoints.pack_optimiser(plan.optimiser))
         yield Step(step + 1, plan.steps, mean_loss.item(), rate)
     module.eval()
 
@@ -231,21 +227,34 @@ def autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted and available)
 
 
-def _resume(module: nn.Module, optimiser: torch.optim.Optimizer, path: Path | None, facts: dict) -> int:
-    """Load ``path`` if it exists; the number of steps that it holds.  Raises ValueError if it is another run's."""
-    tensors, step = distributed.from_rank_0(lambda: _saved(path, facts))
+def _resume(module: nn.Module, optimiser: torch.optim.Optimizer, kept: "Checkpoint") -> int:
+    """Load what was kept, if anything was; the number of steps that it holds.  Raises as ``Checkpoint.read``."""
+    tensors, step = distributed.from_rank_0(kept.read)
     if step:
         module.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith("optimiser/")})
         checkpoints.unpack_optimiser(optimiser, tensors)
     return step
 
 
-def _saved(path: Path | None, facts: dict) -> tuple[dict[str, Tensor], int]:
-    """The tensors of the checkpoint at ``path`` and their step; nothing and 0 if there is none."""
-    if path is None or not path.exists():
-        return {}, 0
-    tensors, found = checkpoints.read(path)
-    for name, value in facts.items():
-        if found.get(name) != value:
-            raise ValueError(f"{path} was made with {name} {found.get(name)}, not {value}; use another folder")
-    return tensors, found["step"]
+class Checkpoint:
+    """The file that a training goes on from, if it has a ``path``; ``facts`` say whose it is."""
+
+    def __init__(self, path: Path | None, facts: dict):
+        self.path, self.facts, self.written = path, facts, time.monotonic()
+
+    def read(self) -> tuple[dict[str, Tensor], int]:
+        """Its tensors and their step; nothing and 0 if there is none.  Raises ValueError if it is another run's."""
+        if self.path is None or not self.path.exists():
+            return {}, 0
+        tensors, found = checkpoints.read(self.path)
+        for name, value in self.facts.items():
+            if found.get(name) != value:
+                raise ValueError(f"{self.path} was made with {name} {found.get(name)}, not {value}; use another folder")
+        return tensors, found["step"]
+
+    def write(self, step: int, steps: int, tensors: Callable[[], dict[str, Tensor]]) -> None:
+        """Write what ``tensors`` gives after the last step, and before it twice a minute at most."""
+        due = step == steps or time.monotonic() - self.written > _SECONDS_BETWEEN_CHECKPOINTS
+        if self.path and distributed.rank() == 0 and due:
+            checkpoints.write(self.path, tensors(), step=step, **self.facts)
+            self.written = time.monotonic()

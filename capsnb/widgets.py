@@ -23,9 +23,8 @@ import traitlets
 from capsnb import live, stills
 from capsnb.checks import require_choice
 from capsnb.evaluation import winner
-from capsnb.explorer import CLASSES, require_number
-from capsnb.model import ExpertCapsules
-from capsnb.pretrained import load_pretrained
+from capsnb.explorer import require_number
+from capsnb.movable import CHOICES, EXPERTS, Model
 from capsnb.sampling import one_at_a_time
 from capsnb.web_export import manifest
 
@@ -56,7 +55,7 @@ _EXPORT = re.compile(r"^export (?:const|function\*?) (\w+)", re.MULTILINE)
 class Source(NamedTuple):
     """What belongs to one data set: the model, what the browser is told of it, test images, every capsule's face."""
 
-    model: ExpertCapsules
+    model: Model
     manifest: dict
     digits: dict[int, dict]
     faces: bytes
@@ -68,10 +67,10 @@ class Source(NamedTuple):
 
 
 @functools.cache
-def _read(load: Callable[[str], ExpertCapsules], dataset: str) -> Source:
+def _read(load: Callable[[str], Model], system: str, dataset: str) -> Source:
     """Read once for all widgets of a notebook."""
     model = load(dataset)
-    known, poses = manifest(model, dataset), one_at_a_time(model.poses.mean[None])[0]
+    known, poses = manifest(model, dataset, system), one_at_a_time(model.poses.mean[None])[0]
     digits = {digit["number"]: digit for digit in known["digits"]}
     return Source(model, known, digits, live.grey(model.decode(poses)))
 
@@ -79,8 +78,8 @@ def _read(load: Callable[[str], ExpertCapsules], dataset: str) -> Source:
 class Live(anywidget.AnyWidget):
     """What the widgets share: ``state`` is what the reader chose, ``shown`` what the model makes of it.
 
-    Further arguments begin the state. ``load`` gives the model for the name of a data set. Raises ValueError for
-    another data set, and for a state that its model has not.
+    Further arguments begin the state. ``load`` gives another model than the shipped one for the name of a data set.
+    Raises ValueError for another data set, and for a state that its model has not.
     """
 
     kind = ""
@@ -90,23 +89,30 @@ class Live(anywidget.AnyWidget):
     manifest = traitlets.Dict().tag(sync=True)
     faces = traitlets.Bytes().tag(sync=True)
 
-    def __init__(self, dataset: str = "mnist", *, load: Callable[[str], ExpertCapsules] = load_pretrained, **begin):
+    def __init__(self, dataset: str = "mnist", *, load: Callable[[str], Model] | None = None, **begin):
+        self._start({"dataset": dataset}, load, begin)
+
+    def _start(self, named: dict, load: Callable[[str], Model] | None, begin: dict) -> None:
         self._load = load
-        source = self._source(dataset)
+        source = self._source(named)
         super().__init__(manifest=source.manifest, faces=source.faces)
         self.add_class("capsnb")
-        self.state = {"dataset": dataset} | self._begin(source, **begin)
+        self.state = named | self._begin(source, **begin)
 
     @traitlets.observe("state")
     def _follow(self, change: dict) -> None:
-        source = self._source(self.state["dataset"])
-        shown = getattr(live, self.kind)(source.model, self.state, source.digits)
+        source, shown = self._source(self.state), {}
+        if self.state.get("start") != "waiting":  # for the model, to choose a pose that it has
+            shown = getattr(live, self.kind)(source.model, self.state, source.digits)
         with self.hold_sync():
             self.faces, self.manifest, self.shown = source.faces, source.manifest, shown
 
-    def _source(self, dataset: str) -> Source:
-        require_choice(dataset, CLASSES, "data set")
-        return _read(self._load, dataset)
+    def _source(self, state: dict) -> Source:
+        """The model that a state names, and what belongs to it."""
+        system, dataset = state.get("system", EXPERTS), state["dataset"]
+        require_choice(system, CHOICES, "system")
+        require_choice(dataset, CHOICES[system].datasets, "data set")
+        return _read(self._load or CHOICES[system].load, system, dataset)
 
     def _repr_mimebundle_(self, **options) -> tuple[dict, dict]:
         """The widget for a kernel, beside it HTML and a picture for pages: Jupyter and Jupyter Book choose."""
@@ -116,7 +122,7 @@ class Live(anywidget.AnyWidget):
 
     def still(self) -> bytes:
         """A PNG of what is shown."""
-        digits = self._source(self.state["dataset"]).digits
+        digits = self._source(self.state).digits
         return stills.png(getattr(stills, self.kind)(self.state, self.shown, digits))
 
     def html(self) -> str:
@@ -128,11 +134,19 @@ class Live(anywidget.AnyWidget):
 
 
 class Explorer(Live):
-    """Sliders for the pose of one capsule, and the picture that the model makes of it.  Sabour 2017, fig. 4."""
+    """Sliders for the pose of one capsule, and the picture that the model makes of it.  Sabour 2017, fig. 4.
+
+    ``system`` is one of ``capsnb.movable.CHOICES``; a VAE has its latent numbers as the pose of its only capsule.
+    """
 
     kind = "explorer"
     _esm = bundle(kind)
     alt = "The image of one pose of one capsule, and eleven images along one of its numbers."
+
+    def __init__(
+        self, dataset: str = "mnist", *, system: str = EXPERTS, load: Callable[[str], Model] | None = None, **begin
+    ):
+        self._start({"system": system, "dataset": dataset}, load, begin)
 
     def _begin(self, source: Source, capsule: int | None = None, image: int | None = None) -> dict:
         """The mean pose of a capsule, or the pose of a test image in the capsule that fires for it.

@@ -82,15 +82,3 @@ class AblatedEncoder(CapsuleEncoder):
         if self.variant.score == "explanation":
             return score
         return score * (self.unit / score.std(1).mean().clamp(min=1e-12))
-
-
-def ranks(score: Float[Tensor, "N J"]) -> dict[str, list]:
-    """Scores in falling order over the largest one, means over images; and how often each capsule has each rank."""
-    falling, order = score.sort(dim=1, descending=True)
-    counts = torch.zeros(score.shape[1], score.shape[1])
-    for rank, capsules in enumerate(order.T):
-        counts[:, rank] = torch.bincount(capsules, minlength=score.shape[1])
-    return {
-        "share_of_largest": (falling / falling[:, :1]).mean(0).tolist(),
-        "rank_frequency": (counts / len(score)).tolist(),
-    }

@@ -27,13 +27,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from capsnb import data, load_pretrained
+from capsnb.baselines.capsnet import load_capsnet
+from capsnb.baselines.capsule_network import CapsuleNetwork
 from capsnb.baselines.pca import fit_pixel_gaussian
 from capsnb.baselines.rbm import gibbs_step, hidden_probability, load_rbm, visible_probability
 from capsnb.baselines.vae import load_vae
 from capsnb.classifier import Classifier, load_classifier
 from capsnb.pretrained import WEIGHTS
 from capsnb.quality import class_measures, compare, nearest_neighbours
-from capsnb.sampling import DOMAINS, sample_layers
+from capsnb.sampling import DOMAINS, Poses, sample_layers
 from experiments import results
 from experiments.common import as_bytes
 
@@ -107,6 +109,15 @@ def training_poses(model: str, count: int, train: Images, *, rng: torch.Generato
     return load_pretrained(model).reconstruct(real_images(count, train, rng=rng))
 
 
+def network_fitted(load: Callable[[], CapsuleNetwork], count: int, train: Images, *, rng: torch.Generator) -> Images:
+    """As the fitted domain: poses like those that the longest capsule has in 10,000 training images, one capsule on."""
+    network = load()
+    codes = network.encode(real_images(SAMPLES, train, rng=rng))
+    poses = Poses(*codes.shape[1:])
+    poses.fit(codes)
+    return network.decode(sample_layers(count, poses, domain="fitted", rng=rng))
+
+
 CAPSULES = {
     f"{name}-{domain}": Row((model,), partial(one_capsule, model, domain))
     for name, model in MODELS.items()
@@ -119,6 +130,7 @@ ROWS = {
     "rbm": Row(("rbm",), gibbs_chains),
     "vae": Row(("vae-mnist",), vae_prior),
     "vae-fitted": Row(("vae-mnist",), vae_fitted),
+    "capsnet-fitted": Row(("capsnet-mnist",), partial(network_fitted, load_capsnet)),
     **CAPSULES,
     "sparse-training-poses": Row(("mnist",), partial(training_poses, "mnist")),
 }

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsnb import checkpoints, load_pretrained, runs, squash
+from capsnb.evaluation import ranks
 from capsnb.model import ExpertCapsules
 from capsnb.pretrained import WEIGHTS
 from capsnb.settings import PRESETS, EncoderSettings, quick
@@ -46,7 +47,7 @@ from experiments.common import (
     show_titles,
     untrained,
 )
-from experiments.ranking import POSITIONS, AblatedEncoder, Variant, ranks
+from experiments.ranking import POSITIONS, AblatedEncoder, Variant
 from experiments.results import Results, command_line, digest
 
 WHOLE, DENSE = PRESETS["sparse"].encoder, PRESETS["dense"].encoder

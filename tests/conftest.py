@@ -11,7 +11,11 @@ from make_samples import idx
 from threadpoolctl import threadpool_limits
 
 from capsnb import data, settings
+from capsnb.baselines.capsnet import CapsNet, CapsNetSettings
+from capsnb.baselines.sparse_capsules import SparseCapsules, SparseCapsulesSettings
+from capsnb.baselines.vae import VAE, VAESettings
 from capsnb.model import ExpertCapsules
+from capsnb.movable import movable_network, movable_vae
 
 matplotlib.use("Agg")
 
@@ -64,6 +68,29 @@ def small_model(small_settings):
 
 
 @pytest.fixture(scope="session")
+def small_networks():
+    """Small untrained networks, CapsNet and sparse capsules, each beside what the explorer moves of it."""
+    torch.manual_seed(29)
+    sizes = {"channels": 3, "types": 2, "primary_dim": 3, "dim": 5, "first_hidden": 12, "second_hidden": 20}
+    networks = {
+        "capsnet": CapsNet(CapsNetSettings(**sizes, initial_deviation=3.0)),
+        "sparse-capsules": SparseCapsules(SparseCapsulesSettings(**sizes, capsules=7, initial_deviation=3.0)),
+    }
+    for network in networks.values():
+        for layer in (1, 3, 5):
+            network.decoder[layer].weight.data.mul_(4)  # or all pictures would be grey
+    return {name: (network.eval(), movable_network(network, "mnist")) for name, network in networks.items()}
+
+
+@pytest.fixture(scope="session")
+def small_vae():
+    """An untrained small VAE, beside what the explorer moves of it."""
+    torch.manual_seed(31)
+    vae = VAE(VAESettings(latent=3, channels=5)).eval()
+    return vae, movable_vae(vae, "mnist")
+
+
+@pytest.fixture(scope="session")
 def digits():
     """The shipped MNIST training images and labels."""
     return data.load("mnist", "train", sample=True)
@@ -82,6 +109,16 @@ def write_folder():
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def folder(write_folder, tmp_path_factory):
+    """A data set of one's own: 101 real training and 103 test images."""
+    splits = {}
+    for split, count in (("train", 101), ("test", 103)):
+        images, labels = data.load("mnist", split, sample=True)
+        splits[split] = (images[:count, 0] * 255).round().to(torch.uint8), labels[:count].to(torch.uint8)
+    return write_folder(tmp_path_factory.mktemp("data") / "mine", splits)
 
 
 @pytest.fixture(scope="module")

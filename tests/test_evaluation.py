@@ -19,6 +19,7 @@ from capsnb.evaluation import (
     kmeans_purity,
     linear_probe,
     purity,
+    ranks,
     sample_measures,
     single_capsule_images,
     svm_probe,
@@ -47,6 +48,18 @@ def test_the_contingency_table_counts_as_a_loop_does(rng):
     table = contingency(groups, labels, 7)
     assert table.tolist() == expected.tolist()
     assert purity(table) == pytest.approx(sum(max(row) for row in expected) / 211)
+
+
+def test_ranks_are_counted_and_scores_compared_to_the_largest_as_in_loops(rng):
+    score = torch.rand(101, 5, generator=rng) + 1
+    found = ranks(score)
+    share, frequency = np.zeros(5), np.zeros((5, 5))
+    for row in score.numpy():
+        order = sorted(range(5), key=lambda j: -row[j])
+        for rank, j in enumerate(order):
+            share[rank] += row[j] / row[order[0]] / 101
+            frequency[j, rank] += 1 / 101
+    assert np.allclose(found["share_of_largest"], share) and np.allclose(found["rank_frequency"], frequency)
 
 
 def test_the_purity_of_a_worked_example():

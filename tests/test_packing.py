@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from capsnb import packing
-from capsnb.packing import pack, quantised
+from capsnb.packing import pack, quantised, restored, shrunk
 
 
 @pytest.fixture
@@ -89,3 +89,27 @@ def test_a_moment_of_numbers_that_do_not_go_together_changes_nothing(double):
     rows = double(11, 128).float()
     for plain, same in zip(quantised(rows, 8, 64), quantised(rows, 8, 64, 3 * torch.eye(128, dtype=torch.float64))):
         torch.testing.assert_close(plain, same, rtol=0, atol=0)
+
+
+def test_filters_in_8_bits_come_back_within_half_a_step_of_each_and_the_rest_in_16_bits(double):
+    tensors = {"filters": double(5, 3, 7, 7).float(), "bias": double(11).float(), "count": torch.tensor(30_001)}
+    tensors["filters"][2, 1] *= 1000
+    small = shrunk(tensors, ("filters",))
+    kinds = {"filters": torch.int8, "filters.scales": torch.float16, "bias": torch.float16, "count": torch.int64}
+    assert {name: tensor.dtype for name, tensor in small.items()} == kinds and small["filters.scales"].shape == (15,)
+    found = restored(small)
+    assert found.keys() == tensors.keys() and found["count"] == 30_001
+    assert torch.equal(found["bias"], tensors["bias"].half())
+    steps = tensors["filters"].abs().amax((2, 3), keepdim=True) / 127
+    differences = (found["filters"] - tensors["filters"]).abs() / steps
+    assert 0.4 < differences.max() <= 0.5 + 127 * 2**-11  # a scale is rounded to half precision
+
+
+def test_filters_that_were_stored_are_stored_again_as_they_are(double):
+    once = restored(shrunk({"filters": double(5, 3, 7, 7).float()}, ("filters",)))
+    again = restored(shrunk(once, ("filters",)))
+    assert torch.equal(again["filters"], once["filters"])
+
+
+def test_filters_of_zeros_are_stored():
+    assert not restored(shrunk({"filters": torch.zeros(2, 3, 5, 5)}, ("filters",)))["filters"].any()

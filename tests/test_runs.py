@@ -23,16 +23,6 @@ from capsnb.pretrained import load_model
 PARTS = {1: "autoencoder", 2: "encoder", 3: "decoder"}
 
 
-@pytest.fixture(scope="module")
-def folder(write_folder, tmp_path_factory):
-    """A data set of one's own: 101 real training and 103 test images."""
-    splits = {}
-    for split, count in (("train", 101), ("test", 103)):
-        images, labels = data.load("mnist", split, sample=True)
-        splits[split] = (images[:count, 0] * 255).round().to(torch.uint8), labels[:count].to(torch.uint8)
-    return write_folder(tmp_path_factory.mktemp("data") / "mine", splits)
-
-
 @pytest.fixture
 def small_presets(monkeypatch, small_settings):
     """The presets of the command line, for small models."""

@@ -20,6 +20,7 @@ from experiments.sample_quality import (
     gibbs_chains,
     main,
     measure,
+    network_fitted,
     one_capsule,
     real_images,
     training_poses,
@@ -55,6 +56,29 @@ def test_one_capsule_is_on_as_often_as_it_wins_and_its_pose_comes_from_the_domai
     on = layers[0].abs().amax(2) > 0
     assert (on.sum(1) == 1).all() and torch.equal(layers[0][on], poses[on])
     assert_close(on.float().mean(0), small_model.poses.share, atol=0.04, rtol=0)
+
+
+def test_samples_of_a_capsule_network_are_one_capsule_at_a_time_with_poses_like_those_it_has(digits):
+    class Network:
+        """Two capsules of 3: one for the first half of the images, at (3, 0, 0), the other at (0, -2, 0)."""
+
+        def encode(self, images):
+            first = (images.flatten(1).sum(1) > images.flatten(1).sum(1).median()).float()
+            codes = torch.zeros(len(images), 2, 3)
+            codes[:, 0, 0], codes[:, 1, 1] = 3 * first, -2 * (1 - first)
+            return codes + 1e-3 * torch.randn(codes.shape, generator=generator())
+
+        def decode(self, capsules):
+            self.layers = capsules
+            return torch.zeros(len(capsules), 1, 28, 28)
+
+    network = Network()
+    network_fitted(lambda: network, 503, digits[0], rng=generator())
+    on = torch.linalg.vector_norm(network.layers, dim=2) > 0
+    assert (on.sum(1) == 1).all()
+    assert_close(on.float().mean(0), torch.tensor([0.5, 0.5]), atol=0.1, rtol=0)
+    for j, pose in enumerate(([3.0, 0.0, 0.0], [0.0, -2.0, 0.0])):
+        assert_close(network.layers[on[:, j], j], torch.tensor(pose).expand(int(on[:, j].sum()), 3), atol=0.1, rtol=0)
 
 
 def test_training_poses_give_reconstructions_of_training_images(small_model, digits, monkeypatch):

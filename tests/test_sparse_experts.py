@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import capsnb
 from capsnb import checkpoints, load_pretrained, runs, squash, views
+from capsnb.evaluation import ranks
 from capsnb.model import CapsuleEncoder, ExpertCapsules
 from capsnb.routing import RoutingState
 from capsnb.settings import PRESETS, EncoderSettings, SparsitySettings
@@ -19,7 +20,7 @@ from capsnb.sparsity import support
 from experiments import sparse_experts
 from experiments.bases import BASES
 from experiments.common import QUICK_STEPS, TABLE, Split
-from experiments.ranking import MEMORY, POSITIONS, SCORES, AblatedEncoder, Standardised, Variant, ranks
+from experiments.ranking import MEMORY, POSITIONS, SCORES, AblatedEncoder, Standardised, Variant
 from experiments.results import Results
 from experiments.sparse_experts import (
     VARIANTS,
@@ -277,18 +278,6 @@ def test_the_capsules_that_score_best_are_the_ones_left_on(encoder, double):
 
 
 # The ranks
-
-
-def test_ranks_are_counted_and_scores_compared_to_the_largest_as_in_loops(rng):
-    score = torch.rand(101, J, generator=rng) + 1
-    found = ranks(score)
-    share, frequency = np.zeros(J), np.zeros((J, J))
-    for row in score.numpy():
-        order = sorted(range(J), key=lambda j: -row[j])
-        for rank, j in enumerate(order):
-            share[rank] += row[j] / row[order[0]] / 101
-            frequency[j, rank] += 1 / 101
-    assert np.allclose(found["share_of_largest"], share) and np.allclose(found["rank_frequency"], frequency)
 
 
 def test_the_ranks_of_a_model_are_those_of_its_supports_and_explanations(small_model, digits):

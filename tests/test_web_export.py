@@ -8,7 +8,7 @@ import build_kernel
 import pytest
 import torch
 
-from capsnb import data, load_pretrained, packing, web_export
+from capsnb import data, load_pretrained, movable, packing, web_export
 from capsnb.__main__ import main
 from capsnb.evaluation import winner
 
@@ -90,7 +90,20 @@ def test_the_moment_of_the_features_is_that_of_what_the_second_filters_multiply(
     images = data.load("mnist", "train", sample=True)[0][:200]
     columns = small.autoencoder.encode(images).detach().double().permute(1, 0, 2, 3).reshape(6, -1)
     expected = sum(torch.outer(column, column) for column in columns.T) / columns.shape[1]
-    torch.testing.assert_close(web_export.feature_moment(small, "mnist"), expected)
+    torch.testing.assert_close(web_export.feature_moments(small, "mnist")["filters2"], expected)
+
+
+def test_the_manifest_of_another_system_says_what_its_poses_are(small_networks, small_vae):
+    (_, network), (_, vae) = small_networks["sparse-capsules"], small_vae
+    for system, moved, bounded, reach in (("sparse-capsules", network, True, 0.25), ("vae", vae, False, 2.5)):
+        facts = json.loads(json.dumps(web_export.manifest(moved, "mnist", system)))
+        assert [facts["capsules"], facts["dim"]] == list(moved.poses.mean.shape)
+        assert (facts["name"], facts["system"], facts["dataset"]) == (f"{system}-mnist", system, "mnist")
+        assert (facts["poses"]["bounded"], facts["poses"]["reach"]) == (bounded, reach)
+        assert facts["systems"]["vae"]["title"] == "VAE" and facts["systems"]["vae"]["datasets"] == ["mnist"]
+        digit = facts["digits"][4]
+        image = torch.tensor(digit["image"]).view(1, 1, 28, 28) / 255
+        torch.testing.assert_close(torch.tensor(digit["code"]), moved.encode(image).flatten(), rtol=0, atol=1e-4)
 
 
 def test_a_model_that_the_browser_cannot_run_is_refused(tmp_path):
@@ -98,29 +111,32 @@ def test_a_model_that_the_browser_cannot_run_is_refused(tmp_path):
         web_export.write(load_pretrained("mnist-dense"), "mnist", tmp_path)
 
 
-@pytest.mark.parametrize("dataset", web_export.DATASETS)
-def test_the_files_of_the_website_are_made_of_the_weights_that_ship(dataset):
-    """After a retraining: python -m capsnb web."""
-    model, facts = load_pretrained(dataset), json.loads((SHIPPED / f"{dataset}.json").read_text("utf-8"))
+@pytest.mark.parametrize("name, system, dataset", movable.models())
+def test_the_files_of_the_website_are_made_of_the_weights_that_ship(name, system, dataset):
+    """After a retraining, and for a new system: python -m capsnb web."""
+    model, facts = movable.CHOICES[system].load(dataset), json.loads((SHIPPED / f"{name}.json").read_text("utf-8"))
+    assert [*facts["systems"]] == [*movable.CHOICES]
     assert facts["files"]["decoder"]["bytes"] <= 3.2e6
-    parts = {"decoder": web_export.decoder_tensors(model, facts), "encoder": web_export.encoder_tensors(model)}
-    for part, tensors in parts.items():
+    for part, tensors in web_export.parts(model, facts).items():
         content, layout = packing.pack(tensors)
-        shipped = (SHIPPED / f"{dataset}.{part}.bin").read_bytes()
+        shipped = (SHIPPED / f"{name}.{part}.bin").read_bytes()
         assert facts["files"][part]["tensors"] == layout and len(shipped) == len(content)
-        for name, entry in layout.items():
-            exact = "scales" if name == "filters2" else "offset"  # its whole numbers may round otherwise elsewhere
+        for tensor, entry in layout.items():
+            exact = "scales" if tensor == "filters2" else "offset"  # its whole numbers may round otherwise elsewhere
             end = entry["offset"] + entry["bytes"]
-            assert shipped[entry[exact] : end] == content[entry[exact] : end], name
-    code = torch.tensor([digit["code"] for digit in facts["digits"]]).view(20, 20, 16)
+            assert shipped[entry[exact] : end] == content[entry[exact] : end], tensor
+    code = torch.tensor([digit["code"] for digit in facts["digits"]]).view(20, *model.poses.mean.shape)
     images = torch.tensor([digit["image"] for digit in facts["digits"]]).view(20, 1, 28, 28) / 255
     torch.testing.assert_close(model.encode(images), code, rtol=0, atol=1e-4)
 
 
-def test_the_command_writes_all_files(tmp_path, capsys, small, monkeypatch):
-    monkeypatch.setattr("capsnb.__main__.load_pretrained", lambda name: small)
+def test_the_command_writes_all_files(tmp_path, capsys, small, small_networks, monkeypatch):
+    experts = movable.CHOICES[movable.EXPERTS]._replace(load=lambda dataset: small)
+    capsnet = movable.Choice("CapsNet", lambda dataset: small_networks["capsnet"][1])
+    monkeypatch.setattr(movable, "CHOICES", {movable.EXPERTS: experts, "capsnet": capsnet})
     assert main(["web", "--out", str(tmp_path / "weights")]) == 0
     names = [f"{dataset}.{end}" for dataset in web_export.DATASETS for end in ("decoder.bin", "encoder.bin", "json")]
+    names += ["capsnet-mnist.decoder.bin", "capsnet-mnist.json"]
     assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == sorted(names)
     assert all(name in capsys.readouterr().out for name in names[:1])
 

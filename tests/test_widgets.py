@@ -14,6 +14,7 @@ from PIL import Image
 from capsnb import data, live
 from capsnb.evaluation import winner
 from capsnb.explorer import decode_alone, shorten, strip
+from capsnb.movable import CHOICES, EXPERTS, Choice
 from capsnb.pretrained import load_pretrained
 from capsnb.routing import route_steps
 from capsnb.widgets import WEB, Draw, Explorer, Routing, Tour, Walk, bundle
@@ -62,7 +63,7 @@ def test_an_explorer_begins_with_a_test_image_in_the_capsule_that_fires_for_it(l
     assert explorer.state["capsule"] == winner(small_model.encode(images[4:5])).item()
     assert_near(explorer.shown["picture"], small_model.reconstruct(images[4:5]))
     first = Explorer(load=load)
-    won = {number: winner(small_model.encode(images[[number]])).item() for number in first._source("mnist").digits}
+    won = {number: winner(small_model.encode(images[[number]])).item() for number in first._source(first.state).digits}
     assert first.state["capsule"] == min(won.values()) == won[first.state["image"]]
 
 
@@ -108,7 +109,7 @@ def test_a_walk_goes_straight_from_the_code_of_one_image_to_that_of_the_other(lo
 
 def test_a_walk_by_default_stays_within_one_capsule_and_leads_to_another_class_if_it_can(load):
     walk = Walk(load=load)
-    source, ends = walk._source("mnist"), [walk.state["from"], walk.state["to"]]
+    source, ends = walk._source(walk.state), [walk.state["from"], walk.state["to"]]
     won, label = source.won(), {number: digit["label"] for number, digit in source.digits.items()}
     assert won[ends[0]] == won[ends[1]]
     there_are = any(won[a] == won[b] and label[a] != label[b] for a in won for b in won)
@@ -195,6 +196,8 @@ def test_a_notebook_gets_one_module_without_imports_that_exports_render(kind):
     "kind, arguments, message",
     [
         (Explorer, {"dataset": "minst"}, "unknown data set 'minst'; choose one of 'mnist', 'fashion-mnist'"),
+        (Explorer, {"system": "vea"}, "unknown system 'vea'; choose one of 'expert-capsules'"),
+        (Explorer, {"system": "vae", "dataset": "fashion-mnist"}, "unknown data set 'fashion-mnist'"),
         (Explorer, {"capsule": J}, "there is no capsule 5; choose a number from 0 to 4"),
         (Explorer, {"capsule": -1}, "there is no capsule -1; choose a number from 0 to 4"),
         (Explorer, {"image": 999}, "test image 999 is not one of the 20 to choose from"),
@@ -223,3 +226,41 @@ def test_the_shipped_models_can_be_explored(dataset):
     explorer = Explorer(dataset, capsule=7)
     assert len(explorer.state["pose"]) == 16 and len(explorer.manifest["digits"]) == 20
     assert_near(explorer.shown["strip"], strip(explorer.state, load_pretrained(dataset)))
+
+
+@pytest.fixture
+def other_systems(small_networks, small_vae, monkeypatch):
+    """The small untrained models of the other systems in the table."""
+    moved = {name: each for name, (_, each) in small_networks.items()} | {"vae": small_vae[1]}
+    for name, each in moved.items():
+        monkeypatch.setitem(CHOICES, name, Choice(name, lambda dataset, each=each: each))
+    return moved
+
+
+@pytest.mark.parametrize("system", ["capsnet", "sparse-capsules", "vae"])
+def test_the_explorer_moves_the_capsules_of_another_system(other_systems, images, system):
+    moved, explorer = other_systems[system], Explorer(system=system, image=4)
+    code = moved.encode(images[4:5])
+    on = winner(code).item()
+    assert (explorer.state["system"], explorer.state["dataset"], explorer.state["capsule"]) == (system, "mnist", on)
+    assert explorer.manifest["name"] == f"{system}-mnist" and explorer.manifest["system"] == system
+    assert_near(explorer.shown["picture"], decode_alone(moved, on, code[:, on]))
+    explorer.state = explorer.state | {"pose": [0.3] * moved.poses.mean.shape[1], "dimension": 2}
+    assert_near(explorer.shown["strip"], strip(explorer.state, moved))
+    assert Image.open(io.BytesIO(explorer.still())).size[0] > 28
+
+
+def test_a_system_that_was_just_chosen_sends_its_manifest_first_and_waits_for_a_pose(other_systems, load, monkeypatch):
+    monkeypatch.setitem(CHOICES, EXPERTS, CHOICES[EXPERTS]._replace(load=load))
+    explorer = Explorer(capsule=4)
+    explorer.state = explorer.state | {"system": "vae", "start": "waiting"}
+    assert explorer.shown == {} and explorer.manifest["name"] == "vae-mnist"
+    mean = other_systems["vae"].poses.mean
+    assert_near(explorer.faces, other_systems["vae"].decode(mean[None]))
+    explorer.state = explorer.state | {"start": "mean", "capsule": 0, "pose": mean[0].tolist()}
+    assert explorer.shown["picture"] == explorer.faces
+
+
+def test_the_other_widgets_show_expert_capsules_alone():
+    with pytest.raises(TypeError, match="system"):
+        Walk(system="vae")

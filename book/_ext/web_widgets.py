@@ -1,5 +1,6 @@
 """Sphinx extension: puts the widgets' modules of ``capsnb/web`` on the website and starts them there."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -31,13 +32,18 @@ def _fetched(address: str) -> str:
 
 
 def _weights(body: str) -> list[str]:
-    """The files of the data set that the page's first widget shows, by the addresses that the engine asks for."""
-    found = re.search(r'data-widget="\w+" data-state="[^"]*?&quot;dataset&quot;: &quot;([\w-]+)&quot;', body)
+    """The files of the model that the page's first widget shows, by the addresses that the engine asks for."""
+    found = re.search(r'data-widget="\w+" data-state="([^"]*)"', body)
     if found is None:
         return []
-    name = f"{found[1]}.json"
+    name = f"{_model_name(**json.loads(html.unescape(found[1])))}.json"
     decoder = json.loads((WEIGHTS / name).read_text("utf-8"))["files"]["decoder"]
     return [name, f"{decoder['file']}?{decoder['digest']}"]
+
+
+def _model_name(dataset: str, system: str = "expert-capsules", **rest) -> str:
+    """As in ``capsnb/movable.py``, which needs torch."""
+    return dataset if system == "expert-capsules" else f"{system}-{dataset}"
 
 
 def _imports(name: str) -> set[str]:

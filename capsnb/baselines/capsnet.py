@@ -12,11 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsnb.baselines.capsule_network import CapsuleNetwork, NetworkSettings, load, squared_error
+from capsnb.baselines.capsule_network import CapsuleNetwork, NetworkSettings, squared_error
 from capsnb.checks import require_images
 from capsnb.classifier import shift_at_random
 from capsnb.evaluation import CLASSES
-from capsnb.pretrained import WEIGHTS
+from capsnb.pretrained import WEIGHTS, load_network
 from capsnb.training import Step, adam, minimise
 
 SHIPPED = WEIGHTS / "capsnet-mnist.safetensors"
@@ -110,4 +110,4 @@ def load_capsnet(path: Path = SHIPPED) -> CapsNet:
 
     Raises FileNotFoundError, or ValueError for another file.
     """
-    return load(CapsNet, CapsNetSettings, path)
+    return load_network(lambda content: CapsNet(CapsNetSettings(**content)), path)

@@ -6,20 +6,18 @@ library.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from capsnb import checkpoints
 from capsnb.capsules import squash, to_capsules
 from capsnb.checks import require_images
 from capsnb.routing import Routing, forward_map, route
 
 PART = 250  # images encoded at once, to bound memory
 _FILTER = 9  # pixels across, in both convolutions
+LARGEST = ("convolutions.2.weight",)  # most of the parameters: their file holds them in 8 bits
 
 
 @dataclass(frozen=True)
@@ -107,18 +105,3 @@ def decoder(capsules: int, settings: NetworkSettings) -> nn.Sequential:
         nn.Sigmoid(),
         nn.Unflatten(1, (1, settings.size, settings.size)),
     )
-
-
-Network = TypeVar("Network", bound=CapsuleNetwork)
-
-
-def load(kind: type[Network], settings: type[NetworkSettings], path: Path) -> Network:
-    """The network of this ``kind`` in ``path``, in evaluation mode on the CPU.
-
-    Raises FileNotFoundError, or ValueError for another file.
-    """
-    tensors, facts = checkpoints.read(path)
-    network = kind(settings(**facts["settings"]))
-    wanted = network.state_dict()
-    network.load_state_dict({name: tensor.to(wanted[name]) for name, tensor in tensors.items()})
-    return network.eval()

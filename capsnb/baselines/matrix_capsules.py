@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capsnb import checkpoints
 from capsnb.baselines.em_routing import (
     MATRIX,
     POSE,
@@ -27,7 +26,7 @@ from capsnb.baselines.em_routing import (
 from capsnb.checks import require_images
 from capsnb.classifier import shift_at_random
 from capsnb.evaluation import CLASSES
-from capsnb.pretrained import WEIGHTS
+from capsnb.pretrained import WEIGHTS, load_network
 from capsnb.training import Step, adam, batch_rows, minimise
 
 _PART = 50  # images encoded at once, to bound memory
@@ -192,7 +191,4 @@ def load_em_routing(path: Path = SHIPPED) -> EMRouting:
 
     Raises FileNotFoundError, or ValueError for another file.
     """
-    tensors, facts = checkpoints.read(path)
-    network = EMRouting(EMRoutingSettings(**facts["settings"]))
-    network.load_state_dict({name: tensor.to(network.state_dict()[name]) for name, tensor in tensors.items()})
-    return network.eval()
+    return load_network(lambda content: EMRouting(EMRoutingSettings(**content)), path)

@@ -2,26 +2,25 @@
 
 Axes: visible units i (V of them), hidden units j (H of them), all of them 0 or 1. The conditionals are those that
 follow from eq. 1; the paper prints them with slips in indices and signs.
-
-    python -m capsnb.baselines.rbm --out capsnb/weights/rbm.safetensors     trains the one that ships, in minutes
 """
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
-from tqdm.auto import tqdm
 
-from capsnb import checkpoints, data, runs
+from capsnb import distributed
 from capsnb.checks import require_images, require_shape
-from capsnb.training import Step
+from capsnb.pretrained import WEIGHTS, load_network
+from capsnb.training import Checkpoint, Step
 
+PIXELS = 784
+SHIPPED = WEIGHTS / "rbm.safetensors"
 _MOST_UNITS = 16  # with 784 units in the other layer, a term for every state and unit takes 200 MB
 
 
@@ -37,15 +36,35 @@ class RBM(NamedTuple):
 class RBMSettings:
     """How an RBM is trained; all values are ours, the paper trains none."""
 
-    epochs: int = 10  # the pictures of chapter 2 change little after
+    epochs: int | float = 10  # the pictures of chapter 2 change little after
     batch: int = 100
     learning_rate: float = 0.05  # decayed linearly to 0
     weight_decay: float = 1e-4  # on w only
     persistent: bool = False  # True: one Gibbs step an update of chains that are never restarted; False: CD-1
 
 
-SHIPPED = RBMSettings(epochs=50, persistent=True)  # the size and kind of those in Salakhutdinov2008
-SHIPPED_HIDDEN = 500
+@dataclass(frozen=True)
+class DigitRBMSettings(RBMSettings):
+    """The RBM of binary images that ships, and how it is trained; size and kind are those of Salakhutdinov2008."""
+
+    hidden: int = 500
+    epochs: int | float = 50  # ours
+    persistent: bool = True
+
+
+class DigitRBM(nn.Module):
+    """The RBM of 28 x 28 binary pixels as a module, whose weights can be stored and moved to another device."""
+
+    def __init__(self, settings: DigitRBMSettings = DigitRBMSettings()):
+        super().__init__()
+        self.settings = settings
+        for name, shape in zip(RBM._fields, ((PIXELS, settings.hidden), PIXELS, settings.hidden)):
+            self.register_buffer(name, torch.zeros(shape))
+
+    @property
+    def rbm(self) -> RBM:
+        """The weights and biases: the module's own, not copies."""
+        return RBM(self.w, self.b, self.c)
 
 
 def binarise(images: Float[Tensor, "B 1 28 28"], *, rng: torch.Generator) -> Float[Tensor, "B 784"]:
@@ -59,7 +78,7 @@ def binarise(images: Float[Tensor, "B 1 28 28"], *, rng: torch.Generator) -> Flo
 
 def new_rbm(v: Float[Tensor, "N V"], hidden: int, *, rng: torch.Generator, deviation: float = 0.01) -> RBM:
     """An untrained RBM: small normal weights, and visible biases that make every unit as often 1 as it is in ``v``."""
-    w = deviation * torch.randn(v.shape[1], hidden, generator=rng).to(v)
+    w = deviation * torch.randn(v.shape[1], hidden, generator=rng, device=rng.device).to(v)
     return RBM(w, v.mean(0).clamp(0.01, 0.99).logit(), v.new_zeros(hidden))
 
 
@@ -118,25 +137,70 @@ def ascend(rbm: RBM, gradient: RBM, rate: float) -> RBM:
 
 
 def train_rbm(
-    rbm: RBM, v: Float[Tensor, "N V"], settings: RBMSettings = RBMSettings(), *, rng: torch.Generator
+    rbm: RBM,
+    v: Float[Tensor, "N V"],
+    settings: RBMSettings = RBMSettings(),
+    *,
+    rng: torch.Generator,
+    checkpoint: Path | None = None,
 ) -> Iterator[Step]:
     """Train ``rbm`` in place on binary ``v`` by contrastive divergence; yield after every update.
 
-    The loss is the mean squared error of the reconstruction: a sign of life, not what is minimised.
+    The loss is the mean squared error of the reconstruction: a sign of life, not what is minimised. With a
+    ``checkpoint`` to go on from, weights, chains and the state of ``rng`` are those that it holds.
     """
     require_shape(v, (None, len(rbm.b)), "v", "[images, visible units of the RBM]")
-    steps, done, chains = settings.epochs * -(-len(v) // settings.batch), 0, v[: settings.batch]
-    for _ in range(settings.epochs):
-        for rows in torch.randperm(len(v), generator=rng).split(settings.batch):
-            batch, rate = v[rows], settings.learning_rate * (1 - done / steps)
-            chains = gibbs_step(rbm, chains if settings.persistent else batch, rng=rng)
-            gradient = contrast(rbm, batch, chains)
-            gradient.w.sub_(settings.weight_decay * rbm.w)
-            loss = (batch - visible_probability(rbm, hidden_probability(rbm, batch))).square().mean().item()
-            for value, slope in zip(rbm, gradient):
-                value.add_(slope, alpha=rate)
-            done += 1
-            yield Step(done, steps, loss, rate)
+    per_epoch = -(-len(v) // settings.batch)
+    steps, order, chains = max(1, round(settings.epochs * per_epoch)), torch.arange(len(v)), v[: settings.batch]
+    facts = {"settings": asdict(settings), "seed": rng.initial_seed(), "rows": len(v)}
+    kept = Checkpoint(checkpoint, facts | {"device": rng.device.type})  # each kind draws other numbers
+    saved, done = kept.read()
+    if done:
+        order, chains = _resume(rbm, saved, rng)
+    for step in range(done, steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(v), generator=rng, device=rng.device)
+        first, rate = step % per_epoch * settings.batch, settings.learning_rate * (1 - step / steps)
+        batch = v[order[first : first + settings.batch]]
+        chains = gibbs_step(rbm, chains if settings.persistent else batch, rng=rng)
+        loss = _update(rbm, batch, chains, rate, settings.weight_decay)
+        state = {"chains": chains, "order": order, "rng": rng.get_state()}
+        kept.write(step + 1, steps, lambda: rbm._asdict() | state)  # noqa: B023
+        yield Step(step + 1, steps, loss, rate)
+
+
+def _update(rbm: RBM, batch: Tensor, chains: Tensor, rate: float, decay: float) -> float:
+    """One step along eq. 2, in place; the error of the reconstruction before it."""
+    gradient = contrast(rbm, batch, chains)
+    gradient.w.sub_(decay * rbm.w)
+    loss = (batch - visible_probability(rbm, hidden_probability(rbm, batch))).square().mean().item()
+    for value, slope in zip(rbm, gradient):
+        value.add_(slope, alpha=rate)
+    return loss
+
+
+def _resume(rbm: RBM, saved: dict[str, Tensor], rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Put weights and random state back; the order of the images in this epoch, and the chains."""
+    for value, name in zip(rbm, RBM._fields):
+        value.copy_(saved[name])
+    rng.set_state(saved["rng"])
+    return saved["order"].to(rng.device), saved["chains"].to(rbm.w)
+
+
+def train_digit_rbm(
+    machine: DigitRBM, images: Float[Tensor, "N 1 28 28"], *, seed: int, checkpoint: Path | None = None
+) -> Iterator[Step]:
+    """Train ``machine`` on images made binary once, from small weights drawn first; yield after every update.
+
+    Raises ValueError in several processes: an update is too small to be shared.
+    """
+    if distributed.world_size() > 1:
+        raise ValueError("an RBM is trained in one process; start it without torchrun")
+    rng = torch.Generator(machine.w.device).manual_seed(seed)
+    v = binarise(images.to(machine.w), rng=rng)
+    for value, start in zip(machine.rbm, new_rbm(v, machine.settings.hidden, rng=rng)):
+        value.copy_(start)
+    yield from train_rbm(machine.rbm, v, machine.settings, rng=rng, checkpoint=checkpoint)
 
 
 def all_states(units: int) -> Float[Tensor, "states units"]:
@@ -194,37 +258,6 @@ def _states_of(rbm: RBM) -> Tensor:
     return all_states(len(rbm.b)).to(rbm.w)
 
 
-def save_rbm(rbm: RBM, path: Path, **facts) -> None:
-    """Write ``rbm`` to ``path`` in half precision, with ``facts`` (seed, settings ...) inside."""
-    checkpoints.write(path, {name: part.half() for name, part in rbm._asdict().items()}, **facts)
-
-
-def load_rbm(path: Path | str) -> RBM:
-    """The RBM that ``save_rbm`` wrote to ``path``, in single precision.
-
-    Raises FileNotFoundError, or ValueError for another file.
-    """
-    tensors, _ = checkpoints.read(Path(path))
-    if set(tensors) != set(RBM._fields):
-        raise ValueError(f"{path} holds no RBM; make one with `python -m capsnb.baselines.rbm --out FILE`")
-    return RBM(**{name: value.float() for name, value in tensors.items()})
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Train an RBM on binarised MNIST and write it."""
-    parser = argparse.ArgumentParser(prog="python -m capsnb.baselines.rbm", description="Train an RBM on MNIST.")
-    parser.add_argument("--out", type=Path, required=True, help="weight file to write")
-    parser.add_argument("--epochs", type=int, default=SHIPPED.epochs, help="passes over the training images")
-    parser.add_argument("--seed", type=int, default=0, help="of the binary images, the first weights and the chains")
-    parser.add_argument("--quick", action="store_true", help="the shipped sample of 1,000 images: only for checks")
-    options = parser.parse_args(arguments)
-    rng, settings = torch.Generator().manual_seed(options.seed), replace(SHIPPED, epochs=options.epochs)
-    v = binarise(data.load("mnist", "train", sample=options.quick)[0], rng=rng)
-    rbm = new_rbm(v, SHIPPED_HIDDEN, rng=rng)
-    for _ in tqdm(train_rbm(rbm, v, settings, rng=rng), total=settings.epochs * -(-len(v) // settings.batch)):
-        pass
-    save_rbm(rbm, options.out, settings=asdict(settings), seed=options.seed, images=len(v), versions=runs.versions())
-
-
-if __name__ == "__main__":
-    main()
+def load_rbm(path: Path | str = SHIPPED) -> RBM:
+    """The RBM in ``path``, in single precision.  Raises FileNotFoundError, or ValueError for another file."""
+    return load_network(lambda content: DigitRBM(DigitRBMSettings(**content)), path).rbm

@@ -23,11 +23,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsnb import distributed
-from capsnb.baselines.capsule_network import PART, CapsuleNetwork, NetworkSettings, load, squared_error
+from capsnb.baselines.capsule_network import PART, CapsuleNetwork, NetworkSettings, squared_error
 from capsnb.capsules import squash
 from capsnb.checks import require_images
 from capsnb.classifier import shift_at_random
-from capsnb.pretrained import WEIGHTS
+from capsnb.pretrained import WEIGHTS, load_network
 from capsnb.sparsity import rank, rank_mask, support
 from capsnb.training import Step, adam, minimise
 
@@ -135,4 +135,4 @@ def load_sparse_capsules(path: Path = SHIPPED) -> SparseCapsules:
 
     Raises FileNotFoundError, or ValueError for another file.
     """
-    return load(SparseCapsules, SparseCapsulesSettings, path)
+    return load_network(lambda content: SparseCapsules(SparseCapsulesSettings(**content)), path)

@@ -9,14 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capsnb import checkpoints
 from capsnb.checks import require_images
 from capsnb.model import GRID, ConvAutoencoder
-from capsnb.pretrained import WEIGHTS
+from capsnb.pretrained import WEIGHTS, load_network
 from capsnb.settings import AutoencoderSettings
 from capsnb.training import Step, adam, minimise
 
 _PART = 250  # images decoded at once, to bound memory
+SHIPPED = WEIGHTS / "vae-mnist.safetensors"
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ def train_vae(
     yield from minimise(vae, (images,), adam(vae, len(images)), seed=seed, checkpoint=checkpoint)
 
 
-def load_vae() -> VAE:
-    """The VAE trained on MNIST that ships with capsnb, in evaluation mode on the CPU."""
-    tensors, facts = checkpoints.read(WEIGHTS / "vae-mnist.safetensors")
-    vae = VAE(VAESettings(**facts["settings"]))
-    vae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return vae.eval()
+def load_vae(path: Path = SHIPPED) -> VAE:
+    """The VAE in ``path``, in evaluation mode on the CPU.
+
+    Raises FileNotFoundError, or ValueError for another file.
+    """
+    return load_network(lambda content: VAE(VAESettings(**content)), path)

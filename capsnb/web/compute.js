@@ -3,7 +3,7 @@
 // Every function is a generator that fills `shown` and yields after each piece of work, so that the page can draw what
 // is there and begin anew when the reader moves on. `encoder(state)` says whether the encoder's weights are needed, and
 // `capsules(state, manifest)` which capsules' weights are: they arrive one after the other.
-import { allowed, alone, greatest, lengths, OFFSETS, replaced } from "./poses.js";
+import { allowed, alone, greatest, lengths, OFFSETS, offsets, replaced } from "./poses.js";
 import { read } from "./ink.js";
 import { digitOf, ROUNDS } from "./parts.js";
 import { stop, SWING } from "./tour.js";
@@ -14,10 +14,10 @@ const PIXELS = SIDE * SIDE;
 const grey = (image) => Uint8Array.from(image, (value) => Math.round(255 * value));
 
 export function* explorer(model, state, shown) {
-  const { capsule, domain, pose } = state, mean = model.manifest.poses.mean[capsule];
+  const { capsule, domain, pose } = state;
   shown.picture = grey(decodeAlone(model, capsule, pose, domain));
   yield;
-  yield* stripOfPose(model, state, allowed(pose, domain, mean), shown);
+  yield* stripOfPose(model, state, allowed(pose, domain, model.manifest.poses, capsule), shown);
 }
 
 explorer.capsules = ({ capsule }) => [capsule];
@@ -47,12 +47,12 @@ function* peaks(model, capsule, mean, shown) {
 
 function* stripOfPose(model, { capsule, domain, dimension }, pose, shown) {
   const image = (offset) => decodeAlone(model, capsule, replaced(pose, dimension, pose[dimension] + offset), domain);
-  yield* fill(shown, OFFSETS.map((offset) => () => image(offset)));
+  yield* fill(shown, offsets(model.manifest.poses).map((offset) => () => image(offset)));
 }
 
 function decodeAlone(model, capsule, pose, domain) {
   const { capsules, poses } = model.manifest;
-  return model.decode(alone(allowed(pose, domain, poses.mean[capsule]), capsule, capsules));
+  return model.decode(alone(allowed(pose, domain, poses, capsule), capsule, capsules));
 }
 
 /** The strip, one image at a time, going on where the last call was interrupted so that all of them keep up. */

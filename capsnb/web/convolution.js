@@ -82,7 +82,7 @@ export function addToChannels(maps, values) {
   return maps;
 }
 
-function leakyRelu(maps, slope) {
+export function leakyRelu(maps, slope) {
   for (let k = 0; k < maps.length; k++) if (maps[k] < 0) maps[k] *= slope;
   return maps;
 }

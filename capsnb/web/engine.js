@@ -1,8 +1,9 @@
 // The capsule model in the reader's browser: decode, encode and route one image, from the files that
-// `python -m capsnb web` writes. Arrays are Float32Arrays in the order of torch's tensors (capsnb/model.py).
+// `python -m capsnb web` writes; of other systems, the decoder. Arrays are Float32Arrays in the order of torch's tensors (capsnb/model.py).
 
 import { explanation, forward, routeVotes, sendBack, squash } from "./capsules.js";
 import { addToChannels, imageDecoder, imageEncoder, POSITIONS } from "./convolution.js";
+import { layeredDecoder } from "./layers.js";
 import { addTimes, dot, RememberedMap } from "./linear.js";
 import * as plain from "./plain.js";
 import * as simd from "./simd.js";
@@ -21,12 +22,20 @@ export async function loadModel(base, name, { onProgress, first, manifest } = {}
   const folder = String(base).replace(/\/?$/, "/");
   manifest ??= await (await request(`${folder}${name}.json`, name)).json();
   const file = await WeightFile.open(folder, manifest, "decoder");
+  if (manifest.layers) return layered(manifest, file, onProgress);
   const needed = first && ["origin", ...first.map((j) => `U.${j}`)].map((tensor) => file.endOf(tensor));
   await file.until(needed && Math.max(...needed), onProgress);
   const model = new Model(manifest, folder, file);
   model.whole = file.until();
   model.whole.catch(() => {}); // whoever waits for it will hear
   return model;
+}
+
+/** Another system: its layers need the whole file, whichever capsule they decode. */
+async function layered(manifest, file, onProgress) {
+  await file.until(undefined, onProgress);
+  const decode = layeredDecoder(manifest.layers, (name) => file.read(name), newProduct);
+  return { manifest, decode, has: () => true, whole: Promise.resolve() };
 }
 
 class Model {

@@ -5,7 +5,8 @@
 import * as address from "./address.js";
 import * as compute from "./compute.js";
 import { loadModel } from "./engine.js";
-import { DATASETS, digitOf, ROUNDS } from "./parts.js";
+import { digitOf, EXPERTS, modelName, ROUNDS } from "./parts.js";
+import { ranges } from "./poses.js";
 
 const WEIGHTS = new URL("../weights/", import.meta.url);
 
@@ -51,7 +52,7 @@ const manifestOf = (name) =>
     return answer.json();
   });
 
-/** The model of a data set as soon as the capsules `first` are there; its `whole` is the promise of the others. */
+/** The model as soon as the capsules `first` are there; its `whole` is the promise of the others. */
 const engineOf = (manifest, first, onProgress) =>
   once(engines, manifest.name, (name) => loadModel(WEIGHTS, name, { onProgress, first, manifest }));
 
@@ -75,7 +76,7 @@ class Session {
   async open() {
     const asked = address.stateOf(this.kind, this.initial);
     const named = address.isNamed(this.kind) && (await this.#fits(asked));
-    const state = named ? asked : this.initial, manifest = await manifestOf(state.dataset);
+    const state = named ? asked : this.initial, manifest = await manifestOf(modelName(state));
     const { render } = await import(`./${this.kind}.js`);
     const values = { state, manifest, shown: named ? {} : this.printed, faces: null };
     this.model = new LocalModel(values, () => this.#save());
@@ -86,13 +87,13 @@ class Session {
     await this.#engine(state, manifest);
     if (named || !this.work.encoder) await this.#show();
     this.placeholder.dataset.ready = "";
-    await this.#showFaces(state.dataset);
+    await this.#showFaces(manifest.name);
   }
 
-  async #showFaces(dataset) {
-    const engine = await engines.get(dataset);
+  async #showFaces(name) {
+    const engine = await engines.get(name);
     await engine.whole;
-    if (dataset === this.model.get("state").dataset) this.model.set("faces", compute.faces(engine));
+    if (name === modelName(this.model.get("state"))) this.model.set("faces", compute.faces(engine));
   }
 
   /** Show the still picture again, and say why. */
@@ -116,9 +117,9 @@ class Session {
 
   /** Whether the state that the address names can be shown. */
   async #fits(state) {
-    if (RULES.dataset(state.dataset)) {
-      const manifest = await manifestOf(state.dataset);
-      if (Object.entries(state).every(([name, value]) => RULES[name](value, manifest))) return true;
+    if (RULES.dataset(state.dataset, await manifestOf(modelName(this.initial)), state)) {
+      const manifest = await manifestOf(modelName(state));
+      if (Object.entries(state).every(([name, value]) => RULES[name](value, manifest, state))) return true;
     }
     this.notice = "The address asks for something that is not here, so this is the usual view.";
     return false;
@@ -138,7 +139,7 @@ class Session {
   /** Compute what the state asks for, as far as nothing newer is asked meanwhile. */
   async #show() {
     const turn = ++this.#turn, state = this.model.get("state");
-    if (state.dataset !== this.model.get("manifest").name) return this.#turnTo(state.dataset);
+    if (modelName(state) !== this.model.get("manifest").name) return this.#turnTo(modelName(state));
     const engine = await this.#engine(state, this.model.get("manifest"));
     if (this.work.encoder?.(state)) await encoderOf(engine, this.#progress("the encoder"));
     this.say();
@@ -147,13 +148,13 @@ class Session {
     this.#frame ||= requestAnimationFrame((now) => this.#draw(now));
   }
 
-  async #turnTo(dataset) {
-    const manifest = await manifestOf(dataset);
-    if (dataset !== this.model.get("state").dataset) return;
+  async #turnTo(name) {
+    const manifest = await manifestOf(name);
+    if (name !== modelName(this.model.get("state"))) return;
     this.model.set("faces", null);
     this.model.set("manifest", manifest);
     await this.#show();
-    await this.#showFaces(dataset);
+    await this.#showFaces(name);
   }
 
   /** Work for most of a frame, draw what is there, go on in the next. */
@@ -191,13 +192,17 @@ const between = (low, high) => (value) => Number.isFinite(value) && value >= low
 const count = (name) => (value, manifest) => Number.isInteger(value) && value >= 0 && value < manifest[name];
 const digit = (value, manifest) => value === null || digitOf(manifest, value) !== undefined;
 const RULES = {
-  dataset: (value) => DATASETS.some(([name]) => name === value),
+  system: () => true, // it is named with the data set
+  dataset: (value, { systems }, { system = EXPERTS }) => Object.hasOwn(systems, system) && systems[system].datasets.includes(value),
   capsule: count("capsules"),
   dimension: count("dim"),
-  domain: (value) => ["complete", "restricted"].includes(value),
+  domain: (value, { poses }) => value === "complete" || (value === "restricted" && poses.bounded),
   start: (value) => ["real", "random", "mean"].includes(value),
   over: (value) => ["upper", "lower"].includes(value),
-  pose: (value, { dim }) => value.length === dim && value.every(between(-1, 1)),
+  pose: (value, manifest) => {
+    const ends = ranges(manifest);
+    return value.length === ends.length && value.every((number, k) => between(...ends[k])(number));
+  },
   time: (value, { dim }) => between(0, dim)(value),
   share: between(0, 1),
   rounds: (value) => Number.isInteger(value) && between(1, ROUNDS)(value),

@@ -51,9 +51,11 @@ export function strip(length, { mark = -1 } = {}) {
 export function slider({ label, name, min, max, step, shown = (value) => value.toFixed(2).replace("-", "−"), change, kind = "" }) {
   const id = newId(), output = h("output", { for: id, class: "capsnb-value" });
   const input = h("input", { type: "range", id, min, max, step, oninput: () => (mirror(), change(Number(input.value))) });
+  const place = (value) => `${(100 * (value - min)) / (max - min)}%`;
+  input.style.setProperty("--zero", place(0));
   const mirror = () => {
     const value = Number(input.value);
-    input.style.setProperty("--at", `${(100 * (value - min)) / (max - min)}%`);
+    input.style.setProperty("--at", place(value));
     output.textContent = shown(value);
     input.setAttribute("aria-valuetext", shown(value));
   };
@@ -104,9 +106,14 @@ export function announcer() {
   return Object.assign(region, { say });
 }
 
+/** What the manifest says of the system whose model it describes. */
+export const systemOf = ({ system, systems }) => systems[system];
+
 /** The name of a capsule: its number, and the commonest class among the test images that it wins. */
-export const capsuleName = (manifest, j) =>
-  `${j} (${manifest.kinds[j] < 0 ? "wins no image" : `mostly ${manifest.classes[manifest.kinds[j]]}`})`;
+export const capsuleName = (manifest, j) => {
+  const kind = manifest.kinds[j];
+  return `${j} (${kind < 0 ? "wins no image" : `${systemOf(manifest).wins} ${manifest.classes[kind]}`})`;
+};
 
 export const allCapsules = (manifest) =>
   Array.from({ length: manifest.capsules }, (_, j) => [j, capsuleName(manifest, j)]);
@@ -115,6 +122,11 @@ export const allCapsules = (manifest) =>
 export const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 export const DATASETS = [["mnist", "MNIST digits"], ["fashion-mnist", "Fashion-MNIST"]];
+
+export const EXPERTS = "expert-capsules"; // the system of all widgets that do not let the reader choose
+
+/** The name of the model that a state names: that of its files. */
+export const modelName = ({ system = EXPERTS, dataset }) => (system === EXPERTS ? dataset : `${system}-${dataset}`);
 
 export const ROUNDS = 10; // of routing that are computed; the reader chooses one
 

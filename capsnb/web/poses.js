@@ -26,18 +26,36 @@ export function alone(pose, j, capsules) {
   return layer;
 }
 
-/** The pose that is decoded: turned if the domain is restricted, shortened to a length below 1. */
-export function allowed(pose, domain, mean) {
-  const turned = domain === "restricted" && dot(pose, mean) < 0 ? scale(pose, -1) : Array.from(pose);
+/**
+ * The pose of capsule j that is decoded: turned if the domain is restricted; capsules are shortened to a length below 1.
+ * `known` is what the manifest knows of poses.
+ */
+export function allowed(pose, domain, known, j) {
+  const turned = domain === "restricted" && dot(pose, known.mean[j]) < 0 ? scale(pose, -1) : Array.from(pose);
   const long = length(turned);
-  return long > LONGEST ? scale(turned, LONGEST / long) : turned;
+  return known.bounded && long > LONGEST ? scale(turned, LONGEST / long) : turned;
 }
 
-/** A standard Gaussian, squashed (eq. 4); in the restricted domain turned towards the mean pose. */
-export function randomPose(mean, domain, random = Math.random) {
-  const z = mean.map(() => Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random()));
+/** A standard Gaussian, for capsules squashed (eq. 4); in the restricted domain turned towards the mean pose. */
+export function randomPose(domain, known, j, random = Math.random) {
+  const z = known.mean[j].map(() => Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random()));
   const n = length(z);
-  return allowed(scale(z, n / (1 + n * n)), domain, mean);
+  return allowed(known.bounded ? scale(z, n / (1 + n * n)) : z, domain, known, j);
+}
+
+/** How far the strip moves a number at each of its pictures. */
+export const offsets = ({ reach }) => OFFSETS.map((offset) => (offset / OFFSETS.at(-1)) * reach);
+
+/**
+ * Where the slider of each number begins and ends: where the numbers of squashed poses do, or, for a pose of any
+ * length, three deviations from the mean and as far as the real images lie.
+ */
+export function ranges({ poses: { mean, spread, bounded }, digits, dim }) {
+  if (bounded) return Array(dim).fill([-1, 1]);
+  return mean[0].map((middle, k) => {
+    const ends = [middle - 3 * spread[0][k], middle + 3 * spread[0][k], ...digits.map(({ code }) => code[k])];
+    return [Math.floor(10 * Math.min(...ends)) / 10, Math.ceil(10 * Math.max(...ends)) / 10];
+  });
 }
 
 /** The pose with one number replaced. */

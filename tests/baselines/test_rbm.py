@@ -1,5 +1,6 @@
 """The RBM against brute force: every state of a tiny machine is written out."""
 
+from dataclasses import asdict
 from itertools import product
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from capsnb import checkpoints, data, pretrained
+from capsnb import checkpoints, data
 from capsnb.baselines.rbm import (
     RBM,
+    DigitRBM,
+    DigitRBMSettings,
     RBMSettings,
     all_states,
     ascend,
@@ -24,10 +27,9 @@ from capsnb.baselines.rbm import (
     load_rbm,
     log_likelihood,
     log_z,
-    main,
     model_term,
     new_rbm,
-    save_rbm,
+    train_digit_rbm,
     train_rbm,
     visible_probability,
 )
@@ -234,31 +236,51 @@ def test_binary_images_have_pixels_on_as_often_as_the_grey_value_says():
     assert error.abs().max() < 4.5 and 0.8 < error.std() < 1.2  # in standard errors, of 784 pixels
 
 
-def test_a_written_rbm_is_read_back_in_half_precision_with_its_facts(tmp_path):
-    rbm = tiny()
-    save_rbm(rbm, tmp_path / "rbm", seed=3)
-    for found, written in zip(load_rbm(tmp_path / "rbm"), rbm):
-        assert_close(found, written.half().float(), rtol=0, atol=0)
-    assert checkpoints.read(tmp_path / "rbm")[1] == {"seed": 3}
+@pytest.mark.parametrize("last", [2, 4, 5])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_training_that_was_interrupted_goes_on_with_the_same_chains_and_draws(persistent, last, tmp_path, monkeypatch):
+    monkeypatch.setattr("capsnb.training._SECONDS_BETWEEN_CHECKPOINTS", -1)
+    settings = RBMSettings(epochs=3, batch=2, persistent=persistent)  # of 4 updates
+
+    def train(path, updates):
+        rng = generator(5)
+        rbm = new_rbm(images(), H, rng=rng, deviation=1.0)
+        for _, _ in zip(range(updates), train_rbm(rbm, images(), settings, rng=rng, checkpoint=path)):
+            pass
+        return flat(rbm)
+
+    whole = train(tmp_path / "whole", 99)
+    train(tmp_path / "parts", last)
+    assert_close(train(tmp_path / "parts", 99), whole, atol=0, rtol=0)
 
 
-def test_weights_of_something_else_are_refused(tmp_path):
-    checkpoints.write(tmp_path / "other", {"w": torch.ones(2, 3)})
-    with pytest.raises(ValueError, match="holds no RBM; make one with"):
+def test_a_stored_rbm_is_read_back_and_other_files_are_refused(tmp_path):
+    machine = DigitRBM(DigitRBMSettings(hidden=3))
+    machine.w.normal_(generator=generator())
+    checkpoints.write(tmp_path / "rbm", machine.state_dict(), settings=asdict(machine.settings))
+    for found, written in zip(load_rbm(tmp_path / "rbm"), machine.rbm):
+        assert_close(found, written, rtol=0, atol=0)
+    checkpoints.write(tmp_path / "other", {"w": torch.ones(2, 3)}, settings=asdict(machine.settings))
+    with pytest.raises(ValueError, match="other is not a whole model"):
         load_rbm(tmp_path / "other")
 
 
-def test_the_command_trains_an_rbm_under_which_digits_are_likelier_than_noise(tmp_path):
-    main(["--quick", "--epochs", "2", "--seed", "3", "--out", str(tmp_path / "rbm")])
-    rbm, facts = load_rbm(tmp_path / "rbm"), checkpoints.read(tmp_path / "rbm")[1]
-    assert rbm.w.shape == (784, 500) and facts["images"] == 1_000 and facts["settings"]["persistent"]
-    digits = binarise(data.load("mnist", "test", sample=True)[0], rng=generator())
-    noise = digits[:, torch.randperm(784, generator=generator())]
-    assert (free_energy(rbm, noise) - free_energy(rbm, digits)).mean() > 100
+def test_the_module_is_trained_under_which_digits_are_likelier_than_noise(digits):
+    machine = DigitRBM(DigitRBMSettings(epochs=2, hidden=101))
+    steps = list(train_digit_rbm(machine, digits[0], seed=3))
+    v = binarise(data.load("mnist", "test", sample=True)[0], rng=generator())
+    noise = v[:, torch.randperm(784, generator=generator())]
+    assert len(steps) == 20 and (free_energy(machine.rbm, noise) - free_energy(machine.rbm, v)).mean() > 100
+
+
+def test_an_rbm_is_not_trained_in_several_processes(digits, monkeypatch):
+    monkeypatch.setattr("capsnb.distributed.world_size", lambda: 2)
+    with pytest.raises(ValueError, match="in one process; start it without torchrun"):
+        next(train_digit_rbm(DigitRBM(), digits[0], seed=0))
 
 
 def test_the_shipped_rbm_gives_digits_far_more_probability_than_noise_as_dense():
-    rbm = load_rbm(pretrained.WEIGHTS / "rbm.safetensors")
+    rbm = load_rbm()
     digits = binarise(data.load("mnist", "test", sample=True)[0], rng=generator())
     noise = digits[:, torch.randperm(784, generator=generator())]
     assert rbm.w.shape == (784, 500)

@@ -105,7 +105,6 @@ def test_the_shipped_vae_reconstructs_digits_and_its_measures_lie_beside_it():
     assert metrics["test"]["cross_entropy"] + metrics["test"]["divergence"] < 125
 
 
-def test_a_folder_without_weights_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("capsnb.baselines.vae.WEIGHTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="vae-mnist.safetensors does not exist"):
-        load_vae()
+def test_a_file_that_is_not_there_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="vae.safetensors does not exist"):
+        load_vae(tmp_path / "vae.safetensors")

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from capsnb import data, load_pretrained, web_export
+from capsnb.capsules import squash
+from capsnb.evaluation import winner
+from capsnb.movable import CHOICES, EXPERTS, models
 from capsnb.routing import route_steps
 from capsnb.sampling import sample_poses
 from capsnb.sparsity import explanation
@@ -18,14 +22,24 @@ NEAR = 0.003  # weights in few bits may take another capsule where two explain a
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory, serve):
-    """The address of the modules and of every data set's weights, small and exact."""
+def others(small_networks):
+    """Models of the systems that have layers: those that ship, and small ones of other sizes."""
+    shipped = {system: CHOICES[system].load(dataset) for _, system, dataset in models() if system != EXPERTS}
+    return shipped | {f"small-{name}": moved for name, (_, moved) in small_networks.items()}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, serve, others):
+    """The address of the modules and of every model's weights, small and exact."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "web").symlink_to(WEB)
     (folder / "index.html").write_text("<!doctype html><title>Engine</title>", encoding="utf-8")
     for dataset in web_export.DATASETS:
         for kind in ("small", "exact"):
             web_export.write(load_pretrained(dataset), dataset, folder / kind, exact=kind == "exact")
+    for system, model in others.items():
+        for kind in ("small", "exact"):
+            web_export.write(model, "mnist", folder / kind, system=system, exact=kind == "exact")
     return serve(folder)
 
 
@@ -78,6 +92,18 @@ def test_the_pictures_of_64_codes_are_those_of_torch(page, rng, dataset, kind, t
     capsules = codes(model, dataset, rng)
     assert len(capsules) == 64
     assert differ(decode(page, kind, dataset, capsules), model.decode(capsules)) <= tolerance
+
+
+@pytest.mark.parametrize("kind, tolerance", [("small", 0.01), ("exact", 1e-4)])
+def test_the_decoders_of_the_other_systems_make_the_pictures_of_torch(page, rng, others, kind, tolerance):
+    """Of real images, the longest capsule alone, and of random poses."""
+    for system, model in others.items():
+        codes = model.encode(data.load("mnist", "test", sample=True)[0][IMAGES])
+        poses = torch.randn(40, *model.poses.mean.shape, generator=rng)
+        layers = torch.cat([codes, squash(poses) if model.poses.bounded else poses])
+        layers = layers * F.one_hot(winner(layers), layers.shape[1]).unsqueeze(2)
+        found = decode(page, kind, f"{system}-mnist", layers)
+        assert len(found) == 64 and differ(found, model.decode(layers)) <= tolerance, system
 
 
 def test_a_slider_that_moves_on_and_on_stays_with_torch(page, rng, dataset):

@@ -9,6 +9,7 @@ from website import eventually, expect_picture
 
 from capsnb import load_pretrained
 from capsnb.explorer import strip
+from capsnb.movable import CHOICES
 from capsnb.widgets import WEB, Draw, Explorer, Routing, Tour, Walk
 
 # What a notebook's front end does between the widget and its kernel, with one function of Python as the connection.
@@ -86,6 +87,19 @@ def test_another_data_set_is_read_by_python_and_begins_with_one_of_its_images(no
     eventually(page, lambda: (explorer.state["dataset"], explorer.state["start"]), ("fashion-mnist", "real"))
     first, capsule = explorer.manifest["digits"][0], explorer.state["capsule"]
     assert explorer.state["pose"] == first["code"][16 * capsule :][:16], capsule
+
+
+def test_another_system_is_read_by_python_and_begins_with_the_same_image(notebook):
+    explorer = Explorer(image=4)
+    page = notebook(explorer)
+    page.get_by_label("System").select_option("vae")
+    eventually(page, lambda: (explorer.state["system"], explorer.state["start"]), ("vae", "real"))
+    assert explorer.state["image"] == 4 and len(explorer.state["pose"]) == 16
+    vae = CHOICES["vae"].load("mnist")
+    expect_picture(page.locator("canvas").first, strip(explorer.state, vae)[5, 0].numpy(), 0.003)
+    page.get_by_role("button", name="Reset").click()
+    eventually(page, lambda: explorer.state["system"], "expert-capsules")
+    expect_picture(page.locator("canvas").first, strip(explorer.state, load_pretrained("mnist"))[5, 0].numpy(), 0.003)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The widgets on the website: what the reader does changes state, pictures, address and words, by mouse and by keys."""
 
+import json
 import re
 from urllib.parse import parse_qs, urlsplit
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from playwright.sync_api import expect
-from website import come_to_rest, eventually, expect_picture, pick, pixels, widget
+from website import come_to_rest, eventually, expect_picture, pick, pixels, widget, without
 
-from capsnb import data, load_pretrained
+from capsnb import data, load_pretrained, web_export
 from capsnb.explorer import decode_alone, shorten, strip
+from capsnb.movable import CHOICES, Choice
 from capsnb.routing import route_steps
 from capsnb.sparsity import explanation
 
@@ -20,6 +22,11 @@ NEAR = 0.015  # of a pixel: int8 weights, and two roundings to bytes
 @pytest.fixture(scope="module")
 def model():
     return load_pretrained("mnist")
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return CHOICES["vae"].load("mnist")
 
 
 @pytest.fixture
@@ -117,7 +124,10 @@ def test_the_address_holds_the_view_and_brings_it_back(page, window, model):
         expect_picture(large(each), strip(state, model)[5, 0].numpy(), NEAR)
 
 
-@pytest.mark.parametrize("query", ["capsule=99", "pose=1,2,3", "dataset=emnist", "image=5000", "domain=half"])
+@pytest.mark.parametrize("query", [
+    *("capsule=99", "pose=1,2,3", "dataset=emnist", "image=5000", "domain=half", "system=vea"),
+    *("system=vae&explorer.dataset=fashion-mnist", "system=vae&explorer.domain=restricted"),
+])
 def test_an_address_that_makes_no_sense_gives_the_usual_view_and_says_so(page, query):
     explorer = show(page, "01-start-here", "explorer", f"?explorer.{query}")
     expect(page.locator(".capsnb-note")).to_contain_text("The address asks for something that is not here")
@@ -155,6 +165,85 @@ def test_the_other_data_set_comes_with_its_own_capsules_and_images(page):
     expect(explorer.get_by_label("ankle boot").first).to_be_visible()
     fashion = load_pretrained("fashion-mnist")
     expect_picture(large(explorer), alone(fashion, capsule(explorer), exact_pose(explorer)), NEAR)
+
+
+def test_another_system_begins_with_the_same_image_and_shows_what_torch_makes_of_its_sliders(page, vae):
+    explorer = show(page, "01-start-here", "explorer")
+    pick(explorer.locator(".capsnb-digits"), 4)
+    explorer.get_by_label("System").select_option("vae")
+    image = data.load("mnist", "test", sample=True)[0][4:5]
+    expect_picture(large(explorer), vae.decode(vae.encode(image))[0, 0].numpy(), NEAR)
+    expect_picture(explorer.locator("canvas").nth(1), image[0, 0].numpy(), 0.01)
+    expect(explorer.get_by_label("Capsule", exact=True)).to_be_hidden()
+    expect(explorer.get_by_role("group", name="Domain")).to_be_hidden()
+    for k, value in ((2, 1.7), (11, -2.3)):
+        sliders(explorer).nth(k).fill(str(value))
+        expect(sliders(explorer).nth(k)).to_have_value(str(value))
+        expect_picture(large(explorer), vae.decode(torch.tensor([[exact_pose(explorer)]]))[0, 0].numpy(), NEAR)
+    start = exact_pose(explorer)
+    for n in (0, 10):
+        moved = [value + (n - 5) / 2 * (k == 11) for k, value in enumerate(start)]
+        picture = explorer.locator(".capsnb-strip canvas").nth(n)
+        expect_picture(picture, vae.decode(torch.tensor([[moved]]))[0, 0].numpy(), NEAR)
+
+
+def test_the_address_names_the_system_and_reset_returns_to_the_first(page, window, vae):
+    explorer = show(page, "01-start-here", "explorer")
+    explorer.get_by_text("restricted").click()
+    explorer.get_by_label("System").select_option("vae")
+    explorer.get_by_role("button", name="Random pose").click()
+    named = exact_pose(explorer)
+    assert "explorer.system=vae" in page.url and "explorer.domain=complete" in page.url
+    other = window()
+    other.goto(page.url)
+    again = widget(other, "explorer")
+    expect(again.get_by_label("System")).to_have_value("vae")
+    expect_picture(large(again), vae.decode(torch.tensor([[named]]))[0, 0].numpy(), NEAR)
+    explorer.get_by_role("button", name="Reset").click()
+    expect(explorer.get_by_label("System")).to_have_value("expert-capsules")
+    expect(explorer.get_by_label("Capsule", exact=True)).to_be_visible()
+
+
+def test_the_weights_of_another_system_are_fetched_when_it_is_chosen_and_not_before(page):
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    explorer = show(page, "01-start-here", "explorer")
+    come_to_rest(page)
+    assert not any("vae" in url for url in asked)
+    explorer.get_by_label("System").select_option("vae")
+    expect(explorer.get_by_label("Capsule", exact=True)).to_be_hidden()
+    come_to_rest(page)
+    assert sum("vae-mnist.decoder.bin" in url for url in asked) == 1
+
+
+@pytest.fixture
+def page_of_small_systems(window, serve, tmp_path, small_networks, monkeypatch):
+    """The first chapter on a website that also has small untrained networks."""
+    for name, (_, moved) in small_networks.items():
+        monkeypatch.setitem(CHOICES, name, Choice(name, lambda dataset, each=moved: each, wins="class"))
+    weights = without(tmp_path / "site") / "_static" / "weights"
+    for name, (_, moved) in small_networks.items():
+        web_export.write(moved, "mnist", weights, system=name)
+    facts = [json.loads((weights / f"{name}.json").read_text("utf-8")) for name in ("mnist", "capsnet-mnist")]
+    (weights / "mnist.json").write_text(json.dumps(facts[0] | {"systems": facts[1]["systems"]}), "utf-8")
+    page = window(base_url=serve(tmp_path / "site"))
+    yield page
+    assert page.failed == []
+
+
+def test_networks_of_other_sizes_are_moved_capsule_by_capsule(page_of_small_systems, small_networks):
+    page = page_of_small_systems
+    explorer = show(page, "01-start-here", "explorer")
+    explorer.get_by_label("number", exact=True).select_option("11")
+    for name, (_, moved) in small_networks.items():
+        explorer.get_by_label("System").select_option(name)
+        expect(sliders(explorer)).to_have_count(5)
+        explorer.get_by_label("Capsule", exact=True).select_option("6")
+        expect_picture(large(explorer), alone(moved, 6, moved.poses.mean[6].tolist()), NEAR)
+        sliders(explorer).nth(3).fill("0.7")
+        expect(sliders(explorer).nth(3)).to_have_value("0.7")
+        expect_picture(large(explorer), alone(moved, 6, exact_pose(explorer)), NEAR)
+    expect(explorer.get_by_label("Capsule", exact=True).locator("option")).to_have_count(7)
 
 
 def test_the_walk_leads_from_one_reconstruction_to_the_other(page, model):

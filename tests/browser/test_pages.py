@@ -87,7 +87,7 @@ def assert_still(page, kind, words):
     expect(placeholder.locator(".capsnb-widget")).to_be_hidden()
 
 
-@pytest.mark.parametrize("missing", ["mnist.json", "mnist.decoder.bin"])
+@pytest.mark.parametrize("missing", ["*mnist.json", "*mnist.decoder.bin"])
 @each_page
 def test_a_missing_weight_file_gives_a_sentence_and_the_still_picture(open_page, serve, tmp_path, name, missing):
     page = open_page(name, base=serve(without(tmp_path / "site", missing)))
