@@ -133,6 +133,7 @@ def test_placement_counts_windows_near_the_centre_of_mass_and_the_ink_outside(vi
 def test_a_quick_run_writes_its_rows_and_a_second_one_measures_only_what_is_missing(small, monkeypatch, tmp_path):
     out = tmp_path / "affine.json"
     arguments = ["--quick", "--seed", "3", "--out", str(out), "--only"]
+    monkeypatch.setattr(affine_mnist, "shipped", lambda name: name != "mass-capsnet")
     main([*arguments, "windows-one-on", "frame-pixels", "mass-capsnet"])
     content = json.loads(out.read_text())
     assert content["quick"] is True and list(content["rows"]) == ["windows-one-on", "frame-pixels"]

@@ -94,3 +94,4 @@ def test_the_window_about_the_centre_of_mass_undoes_any_move(digits):
         moved = F.pad(images, [column, 12 - column, row, 12 - row])
         assert_close(crop(moved, centred_window(moved)), own, atol=0, rtol=0)
     assert (centred_window(images).abs() <= 1).all()  # MNIST's digits are centred so
+    assert centred_window(F.pad(torch.ones(1, 1, 28, 28), [9, 3, 5, 7])).tolist() == [[5, 9]]
