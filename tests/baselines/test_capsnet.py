@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from capsnb import checkpoints, data
 from capsnb.baselines.capsnet import (
     PERTURBATIONS,
+    SHIPPED,
     CapsNet,
     CapsNetSettings,
     class_lengths,
@@ -187,3 +189,13 @@ def test_images_of_another_range_or_size_are_refused(digits):
 def test_a_file_that_is_not_there_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="capsnet.safetensors does not exist"):
         load_capsnet(tmp_path / "capsnet.safetensors")
+
+
+def test_the_shipped_capsnet_reads_the_shipped_digits_and_its_measures_lie_beside_it():
+    images, labels = data.load("mnist", "test", sample=True)
+    wrong = (winners(load_capsnet().encode(images)) != labels).sum()
+    metrics = checkpoints.read_json(SHIPPED.with_suffix(".metrics.json"))
+    assert wrong <= 10
+    assert not metrics["quick"] and metrics["images"] == 60_000 and metrics["test"]["images"] == 10_000
+    assert metrics["test"]["error"] == metrics["test"]["wrong"] / 10_000 <= 0.005
+    assert SHIPPED.stat().st_size < 15e6
