@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from capsnb import load_pretrained, runs, squash, training
 from capsnb.affine_mnist import FramedDigits
-from capsnb.baselines.capsnet import load_capsnet
+from capsnb.baselines.capsnet import load_capsnet, mask
 from capsnb.baselines.rbm import hidden_probability, load_rbm
 from capsnb.baselines.sparse_capsules import load_sparse_capsules
 from capsnb.baselines.vae import load_vae
@@ -119,7 +119,7 @@ def random_one_on(views: Views, where: str) -> OfSet:
 
     def longest(name: str) -> Float[Tensor, "N J d"]:
         found = poses(name)
-        return found * F.one_hot(winner(found), found.shape[1]).unsqueeze(2)
+        return mask(found, winner(found))
 
     return longest
 

@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from capsnb import data, load_pretrained, runs, systems
-from capsnb.baselines.capsnet import CapsNet, load_capsnet
+from capsnb.baselines.capsnet import CapsNet, load_capsnet, mask
 from capsnb.baselines.pca import PixelGaussian, fit_pixel_gaussian
 from capsnb.baselines.rbm import hidden_probability, load_rbm, visible_probability
 from capsnb.baselines.vae import VAE, load_vae
@@ -130,7 +129,7 @@ ROWS = {
 
 def longest(capsules: Float[Tensor, "N J d"]) -> Float[Tensor, "N J d"]:
     """The capsules with all but the longest of each image set to 0."""
-    return capsules * F.one_hot(winner(capsules), capsules.shape[1]).unsqueeze(2)
+    return mask(capsules, winner(capsules))
 
 
 def in_parts(function: Callable[[Any, Tensor], Tensor], system: Any, rows: Tensor) -> Tensor:
