@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
+from capsnb.baselines.capsnet import PERTURBATIONS
 from capsnb.checks import require_choice
 from capsnb.movable import Model
 from capsnb.plots import tile
@@ -23,7 +24,7 @@ CLASSES = {
     "fashion-mnist": [name.lower() for name in datasets.FashionMNIST.classes],
 }
 DOMAINS = ("complete", "restricted")
-OFFSETS = [round(0.05 * step, 2) for step in range(-5, 6)]  # how far Sabour 2017 moves one dimension
+OFFSETS = list(PERTURBATIONS)  # how far one dimension is moved
 LONGEST = 1 - 1e-6  # a squashed capsule is shorter than 1
 
 

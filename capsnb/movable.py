@@ -7,13 +7,12 @@ latent numbers of a VAE, which it takes as one capsule that may have any length.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsnb import data
 from capsnb.baselines.capsnet import load_capsnet
-from capsnb.baselines.capsule_network import PART, CapsuleNetwork
+from capsnb.baselines.capsule_network import CapsuleNetwork
 from capsnb.baselines.vae import VAE, load_vae
 from capsnb.model import ExpertCapsules
 from capsnb.pretrained import load_pretrained
@@ -54,9 +53,8 @@ def movable_network(network: CapsuleNetwork, dataset: str) -> Movable:
 def movable_vae(vae: VAE, dataset: str) -> Movable:
     """A VAE: the means of its posteriors as one capsule."""
 
-    @torch.no_grad()
     def encode(images: Float[Tensor, "B 1 28 28"]) -> Float[Tensor, "B 1 d"]:
-        return torch.cat([vae.posterior(part)[0] for part in images.split(PART)]).unsqueeze(1)
+        return vae.encode(images).unsqueeze(1)
 
     def decode(capsules: Float[Tensor, "B 1 d"]) -> Float[Tensor, "B 1 28 28"]:
         return vae.decode(capsules.squeeze(1))

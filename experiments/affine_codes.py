@@ -11,15 +11,15 @@ from torch.nn import functional as F
 
 from capsnb import load_pretrained, runs, squash, training
 from capsnb.affine_mnist import FramedDigits
-from capsnb.baselines.capsnet import load_capsnet, mask
+from capsnb.baselines.capsnet import CapsNet, load_capsnet, mask
 from capsnb.baselines.rbm import hidden_probability, load_rbm
-from capsnb.baselines.sparse_capsules import load_sparse_capsules
-from capsnb.baselines.vae import load_vae
+from capsnb.baselines.sparse_capsules import SparseCapsules, load_sparse_capsules
+from capsnb.baselines.vae import VAE, load_vae
 from capsnb.evaluation import winner
 from capsnb.model import ExpertCapsules
-from capsnb.pretrained import WEIGHTS
 from capsnb.subspaces import principal_directions
 from capsnb.windows import answers, best_window, centred_window, crop, lower_map, window_capsules
+from experiments.common import in_parts
 from experiments.seeds import all_poses
 
 MODEL = "mnist"
@@ -129,12 +129,6 @@ def network(load: Callable, encode: Callable[..., Codes], views: Views, where: s
     return lambda name: in_parts(partial(encode, load()), views.images(where, name))
 
 
-def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """The outputs of ``function``, a part of the rows at a time."""
-    with torch.no_grad():
-        return torch.cat([function(part) for part in rows.split(250)])
-
-
 class Code(NamedTuple):
     """The weight files of a code, and how it is made."""
 
@@ -149,17 +143,13 @@ CODES = {
     "all-on": Code((MODEL,), partial(all_on, "W")),
     "random": Code((MODEL,), partial(all_on, "noise")),
     "random-one-on": Code((MODEL,), random_one_on),
-    "vae": Code(("vae-mnist",), partial(network, load_vae, lambda vae, images: vae.posterior(images)[0])),
+    "vae": Code(("vae-mnist",), partial(network, load_vae, VAE.encode)),
     "rbm": Code(
         ("rbm",),
-        partial(
-            network,
-            lambda: load_rbm(WEIGHTS / "rbm.safetensors"),
-            lambda rbm, images: hidden_probability(rbm, images.flatten(1)),
-        ),
+        partial(network, load_rbm, lambda rbm, images: hidden_probability(rbm, images.flatten(1))),
     ),
-    "capsnet": Code(("capsnet-mnist",), partial(network, load_capsnet, lambda net, images: net.encode(images))),
+    "capsnet": Code(("capsnet-mnist",), partial(network, load_capsnet, CapsNet.encode)),
     "sparse-capsules": Code(
-        ("sparse-capsules-mnist",), partial(network, load_sparse_capsules, lambda net, images: net.encode(images))
+        ("sparse-capsules-mnist",), partial(network, load_sparse_capsules, SparseCapsules.encode)
     ),
 }

@@ -5,6 +5,7 @@ poses, made in the same way for sparse and dense variants: reconstructions from 
 one that is on.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from capsnb.training import ridge_regression, train_encoder
 ROWS = 4  # samples of every capsule
 ALONE = 10_000  # training images for the read-outs of single capsules
 QUICK_STEPS = 5
+PART = 250  # rows that ``in_parts`` takes at once
 TABLE = {
     "capsules_in_use": "in use",
     "purity": "purity",
@@ -118,6 +120,12 @@ def pictures(
     z = layers.flatten(-2).flatten(0, -2) @ read_out
     with torch.no_grad():
         return as_bytes(model.image(z.view(-1, lower, dim))).view(*axes, 28, 28)
+
+
+def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """``function`` of all rows, computed in parts to bound memory."""
+    with torch.no_grad():
+        return torch.cat([function(part) for part in rows.split(PART)])
 
 
 def as_bytes(images: Float[Tensor, "N 1 28 28"]) -> Tensor:

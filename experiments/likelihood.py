@@ -44,10 +44,11 @@ from capsnb.likelihood import (
     rerouted,
     tune,
 )
+from capsnb.measures import CLOSER
 from capsnb.model import ExpertCapsules
 from capsnb.pretrained import WEIGHTS
 from experiments import results
-from experiments.common import as_bytes
+from experiments.common import as_bytes, in_parts
 
 MODELS = ("mnist", "mnist-dense", "mnist-paper")
 NAMES = (*MODELS, "rbm")
@@ -68,7 +69,6 @@ class Sizes(NamedTuple):
 
 QUICK = Sizes(images=50, chains=7, pilots=3, ladders=(1, 2), down=2, rbm_chains=7, rbm_ladders=(2, 5), rbm_gibbs=3)
 PICTURES, PIXELS = 8, 784
-CLOSER = 2.0  # an RBM changes most near the end of the way: the power of its ladder
 
 
 def estimate(found: Annealed, steps: int, seconds: float, down: bool = False) -> dict[str, float]:
@@ -135,12 +135,6 @@ def crossed(x: Float[Tensor, "B I e"], *, rng: torch.Generator) -> dict[str, Flo
     length, other = (torch.linalg.vector_norm(capsules, dim=2, keepdim=True) for capsules in (x, uniform))
     mixed = {"lengths": length * normalize(uniform, dim=2), "directions": other * normalize(x, dim=2)}
     return {"uniform": uniform} | mixed
-
-
-@torch.no_grad()
-def in_parts(function, x: Tensor) -> Tensor:
-    """``function`` of all rows, computed in parts to bound memory."""
-    return torch.cat([function(part) for part in x.split(250)])
 
 
 def describe(values: dict[str, Float[Tensor, "B"]]) -> dict[str, dict[str, float]]:

@@ -33,16 +33,14 @@ from capsnb.baselines.vae import VAE, load_vae
 from capsnb.classifier import load_classifier
 from capsnb.evaluation import assignment_accuracy, kmeans_table, linear_probe, purity, winner, winner_measures
 from capsnb.model import ExpertCapsules
-from capsnb.pretrained import WEIGHTS
 from capsnb.settings import PRESETS
 from capsnb.training import Step, train_autoencoder, train_decoder, train_encoder
 from experiments import results
-from experiments.common import as_bytes, one_of_each_class
+from experiments.common import as_bytes, in_parts, one_of_each_class
 
 CLUSTERS = 20  # of k-means: as many as the book's models have capsules
 COMPONENTS = 320  # of the principal component analysis: as many numbers as 20 capsules of 16 have
 TIMED = 8  # updates
-PART = 250  # images encoded or decoded at once, to bound memory
 TABLE = ("linear_probe", "purity", "assignment_accuracy", "read", "read_alone", "training")
 
 Images = Float[Tensor, "N 1 28 28"]
@@ -100,7 +98,7 @@ ROWS = {
     ),
     "rbm": Row(
         ("rbm",),
-        lambda train: load_rbm(WEIGHTS / "rbm.safetensors"),
+        lambda train: load_rbm(),
         lambda rbm, images: hidden_probability(rbm, images.flatten(1)),
         lambda rbm, codes: visible_probability(rbm, codes).view(-1, 1, 28, 28),
         partial(one_stage, "rbm"),
@@ -108,7 +106,7 @@ ROWS = {
     "vae": Row(
         ("vae-mnist",),
         lambda train: load_vae(),
-        lambda vae, images: vae.posterior(images)[0],
+        VAE.encode,
         VAE.decode,
         partial(one_stage, "vae"),
     ),
@@ -130,12 +128,6 @@ ROWS = {
 def longest(capsules: Float[Tensor, "N J d"]) -> Float[Tensor, "N J d"]:
     """The capsules with all but the longest of each image set to 0."""
     return mask(capsules, winner(capsules))
-
-
-def in_parts(function: Callable[[Any, Tensor], Tensor], system: Any, rows: Tensor) -> Tensor:
-    """The outputs of ``function(system, rows)``, a part of the rows at a time."""
-    with torch.no_grad():
-        return torch.cat([function(system, part) for part in rows.split(PART)])
 
 
 def parameters(system: Any) -> int:
@@ -173,13 +165,13 @@ def measure(system: Row, train: Split, test: Split, seed: int) -> tuple[dict, di
     """All measures of a row, and its pictures by the end of their names."""
     (known, known_labels), (images, labels), classifier = train, test, load_classifier()
     trained, ends = system.load(known), {"": lambda codes: codes} | ({"/alone": longest} if system.capsules else {})
-    codes, test_codes = (in_parts(system.encode, trained, split) for split in (known, images))
+    codes, test_codes = (in_parts(partial(system.encode, trained), split) for split in (known, images))
     record = {"labels": system.labels, "parameters": parameters(trained), "numbers": codes[0].numel()}
     record |= {"linear_probe": linear_probe(codes, known_labels, test_codes, labels)}
     record |= groups(system, codes, test_codes, labels, seed)
     pictures = {}
     for end, chosen in ends.items():
-        found = in_parts(system.decode, trained, chosen(test_codes))
+        found = in_parts(partial(system.decode, trained), chosen(test_codes))
         right = classifier.probabilities(found).argmax(1) == labels
         record["read" + end.replace("/", "_")] = right.float().mean().item()
         pictures[end] = as_bytes(found[one_of_each_class(labels)])

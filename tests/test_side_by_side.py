@@ -10,8 +10,9 @@ from capsnb import data, load_pretrained
 from capsnb.baselines.rbm import RBM
 from capsnb.evaluation import winner
 from capsnb.training import Step
-from experiments import side_by_side
-from experiments.side_by_side import ROWS, groups, in_parts, longest, main, measure, minutes, parameters
+from experiments import common, side_by_side
+from experiments.common import in_parts
+from experiments.side_by_side import ROWS, groups, longest, main, measure, minutes, parameters
 
 
 def test_the_longest_capsule_is_kept_and_the_others_are_set_to_zero():
@@ -23,9 +24,9 @@ def test_the_longest_capsule_is_kept_and_the_others_are_set_to_zero():
 
 
 def test_rows_are_taken_a_part_at_a_time_without_a_change(monkeypatch):
-    monkeypatch.setattr(side_by_side, "PART", 3)
+    monkeypatch.setattr(common, "PART", 3)
     sizes = []
-    found = in_parts(lambda scale, rows: sizes.append(len(rows)) or scale * rows, 2.0, torch.arange(11.0))
+    found = in_parts(lambda rows: sizes.append(len(rows)) or 2 * rows, torch.arange(11.0))
     assert_close(found, 2 * torch.arange(11.0))
     assert sizes == [3, 3, 3, 2]
 
@@ -67,8 +68,8 @@ def test_a_system_that_ships_makes_of_its_codes_what_it_saw(name):
     images, _ = data.load("mnist", "test", sample=True)
     system = ROWS[name]
     trained = system.load(images)
-    codes = in_parts(system.encode, trained, images[:50])
-    made = in_parts(system.decode, trained, longest(codes) if system.labels else codes)
+    codes = system.encode(trained, images[:50])
+    made = system.decode(trained, longest(codes) if system.labels else codes)
     assert made.shape == (50, 1, 28, 28)
     assert (made - images[:50]).square().mean() < (images[:50] - images.mean(0)).square().mean()
 

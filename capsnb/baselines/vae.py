@@ -15,7 +15,7 @@ from capsnb.pretrained import WEIGHTS, load_network
 from capsnb.settings import AutoencoderSettings
 from capsnb.training import Step, adam, minimise
 
-_PART = 250  # images decoded at once, to bound memory
+_PART = 250  # images encoded or decoded at once, to bound memory
 SHIPPED = WEIGHTS / "vae-mnist.safetensors"
 
 
@@ -50,6 +50,11 @@ class VAE(nn.Module):
     ) -> tuple[Float[Tensor, "B latent"], Float[Tensor, "B latent"]]:
         """Mean and log variance of the latent numbers given every image."""
         return self.to_latent(self.convolutions.encode(images).flatten(1)).float().chunk(2, dim=1)
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "B 1 28 28"]) -> Float[Tensor, "B latent"]:
+        """The means of the posteriors."""
+        return torch.cat([self.posterior(part)[0] for part in images.split(_PART)])
 
     def decode_logits(self, latent: Float[Tensor, "B latent"]) -> Float[Tensor, "B 1 28 28"]:
         """The image before the sigmoid."""
