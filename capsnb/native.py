@@ -1,7 +1,7 @@
-"""routing.c, compiled for this processor when it is first needed: what ``route`` runs on CPUs.
+"""What is compiled for this processor when it is first needed: routing.c, which ``route`` runs on CPUs, and ``fused``.
 
-Compiling takes a fraction of a second and every process does it anew, so nothing is left behind and nothing can be
-stale. Where there is no C compiler, or with CAPSNB_NATIVE=0 in the environment, ``route`` takes the plain way.
+Compiling routing.c takes a fraction of a second and every process does it anew, so nothing is left behind and nothing
+can be stale. Where there is no compiler, or with CAPSNB_NATIVE=0 in the environment, all take the plain way.
 """
 
 import ctypes
@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -64,3 +65,19 @@ def route(
     if compiled(d, e)(*pointers, batch, lower, upper, rounds, over_upper, sharpness):
         raise MemoryError(f"no memory to route to {upper} capsules")
     return results
+
+
+def fused(function: Callable, *example) -> Callable:
+    """``function`` with its passes over memory made into few by ``torch.compile``; itself where that is not possible.
+
+    The first call, with ``example``, takes some ten seconds; so does every other shape of arguments later.
+    """
+    if os.environ.get("CAPSNB_NATIVE") == "0":
+        return function
+    fast = torch.compile(function, dynamic=False)
+    try:
+        fast(*example)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        warnings.warn(f"torch.compile does not work here ({error}); the plain way is slower", stacklevel=2)
+        return function
+    return fast

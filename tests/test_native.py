@@ -127,3 +127,16 @@ print(route(torch.ones(1, 2, 3), torch.ones(2, 3, 5, 3)).coupling[0, 0, 0].item(
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=os.environ | variable, capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(1 / 3)
+
+
+FUSED = """import torch; from capsnb import native
+square = lambda x: (x.square() + 1).sum()
+print(native.fused(square, torch.ones(3)) is square, native.fused(square, torch.ones(3))(torch.ones(5)).item())"""
+
+
+@pytest.mark.parametrize("variable", [{"CXX": "false"}, {"CAPSNB_NATIVE": "0"}])
+def test_what_cannot_be_fused_stays_as_it_is(variable, tmp_path):
+    variable |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FUSED], env=os.environ | variable, capture_output=True, text=True)
+    assert done.stdout == "True 10.0\n", done.stderr
+    assert ("torch.compile does not work here" in done.stderr) == ("CXX" in variable)

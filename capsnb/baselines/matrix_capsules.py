@@ -26,11 +26,13 @@ from capsnb.baselines.em_routing import (
 from capsnb.checks import require_images
 from capsnb.classifier import shift_at_random
 from capsnb.evaluation import CLASSES
+from capsnb.native import fused
 from capsnb.pretrained import WEIGHTS, load_network
 from capsnb.training import Step, adam, batch_rows, minimise
 
 _PART = 50  # images encoded at once, to bound memory
 _ROUTED = 4  # images routed at once on a CPU: a third of the time that 32 take, whose votes leave no cache
+_LONG = 200  # updates from which on compiling routing for the training, some ten seconds, pays
 _KERNEL = 3  # positions across what a convolutional capsule sees
 SHIPPED = WEIGHTS / "em-routing-mnist.safetensors"
 
@@ -181,9 +183,17 @@ def train_em_routing(
 ) -> Iterator[Step]:
     """Fit ``network`` to labelled images, its activations balanced first; yield after every update."""
     require_images(images, network.settings.size)
+    first = images[batch_rows(len(images), network.settings.batch, 0, seed)].to(network.first.W)
     if not (checkpoint and checkpoint.exists()):
-        network.balance(images[batch_rows(len(images), network.settings.batch, 0, seed)].to(network.first.W))
-    yield from minimise(network, (images, labels), adam(network, len(images)), seed=seed, checkpoint=checkpoint)
+        network.balance(first)
+    plan = adam(network, len(images))
+    if plan.steps >= _LONG:
+        capsules = network.primary_capsules(first[:_ROUTED] if first.device.type == "cpu" else first)
+        network.route = fused(network.route, *capsules, False)
+    try:
+        yield from minimise(network, (images, labels), plan, seed=seed, checkpoint=checkpoint)
+    finally:
+        network.__dict__.pop("route", None)
 
 
 def load_em_routing(path: Path = SHIPPED) -> EMRouting:

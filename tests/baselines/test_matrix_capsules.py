@@ -1,5 +1,7 @@
 """The network of matrix capsules: its sizes, its layers against loops, its loss, and its training."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -183,6 +185,38 @@ def test_training_that_was_interrupted_ends_with_the_same_weights_and_margin(dig
     train(small(shift=2), tmp_path / "parts", 2)
     assert_close(train(small(shift=2), tmp_path / "parts", 99), whole, rtol=0, atol=0)
     assert whole["updates"] == 5
+
+
+def test_a_long_training_routes_by_a_fused_path_and_gives_it_back(digits, monkeypatch):
+    monkeypatch.setattr("capsnb.baselines.matrix_capsules._LONG", 5)
+    fused = []
+    monkeypatch.setattr("capsnb.baselines.matrix_capsules.fused", lambda *given: fused.append(given) or given[0])
+    for epochs, wanted in ((0.8, 0), (1.0, 1)):  # 4 and 5 updates
+        network = small(epochs=epochs)
+        steps = train_em_routing(network, digits[0][:57], digits[1][:57], seed=1)
+        next(steps)
+        assert len(fused) == wanted == ("route" in vars(network))
+        steps.close()
+        assert "route" not in vars(network)
+    (route, *capsules, history), = fused
+    assert len(route(*capsules, history).poses) == 4
+
+
+def test_the_fused_path_has_the_capsules_and_gradients_of_the_plain_one():
+    script = """import torch
+from capsnb.baselines.matrix_capsules import EMRouting, EMRoutingSettings
+from capsnb.native import fused
+torch.manual_seed(0)
+network = EMRouting(EMRoutingSettings(filters=7, primary=2, first=3, second=5, rounds=2))
+capsules = network.primary_capsules(torch.rand(4, 1, 28, 28))
+ways = network.route, fused(network.route, *capsules, False)
+assert ways[0] is not ways[1]
+plain, fast = ([routed.poses, routed.logits] for routed in (way(*capsules, False) for way in ways))
+for found in (plain, fast):
+    loss = sum(part.square().mean() for part in found)
+    found += torch.autograd.grad(loss, [network.to_primary.weight, network.first.W], retain_graph=True)
+torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4)"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_images_of_another_range_or_size_are_refused(digits):
