@@ -37,7 +37,7 @@ from capsnb.evaluation import SVM_C, svm_gamma
 from capsnb.pretrained import WEIGHTS
 from capsnb.windows import SIDE, centre_of_mass
 from experiments import results
-from experiments.affine_codes import CODES, MODEL, SEARCHES, Views
+from experiments.affine_codes import CODES, MODEL, SEARCHES, OfSet, Views
 from experiments.common import as_bytes
 
 CLASSIFIED, QUICK_CLASSIFIED = 10_000, 200  # digits that the classifier learns from
@@ -116,17 +116,14 @@ class Machine:
         return float(self.machine.score(self.kernel(codes), labels.numpy()))
 
 
-def measure(row: Row, views: Views) -> dict:
-    """All accuracies of a row."""
-    code, sets = CODES[row.code].make(views, row.where), views.sets
+def measure(code: OfSet, sets: dict[str, FramedDigits]) -> dict:
+    """All accuracies with a code."""
     affine, tested = code("affine"), code("affine test")
     a, published = (Machine(affine, sets["affine"].labels, **options) for options in ({}, PUBLISHED))
     b, truth = Machine(code("plain"), sets["plain"].labels), sets["affine test"].labels
     few = {count: Machine(affine[:count], sets["affine"].labels[:count]) for count in FEW if count < len(affine)}
     alone = {change: f"{change} test" for change in CHANGES}
     return {
-        "where": row.where,
-        "code": row.code,
         "numbers": affine[0].numel(),
         "classifier_images": len(affine),
         "test_images": len(tested),
@@ -177,7 +174,8 @@ def run(found: Results, names: list[str]) -> None:
         if not found.holds(name):
             started, row = time.process_time(), ROWS[name]
             torch.manual_seed(found.seed)
-            record = measure(row, views) | {"fingerprint": fingerprint(name)}
+            code = CODES[row.code].make(views, row.where)
+            record = row._asdict() | measure(code, views.sets) | {"fingerprint": fingerprint(name)}
             if row.where != "frame":
                 found.content.setdefault("windows", {})[row.where] = placement(views, row.where)
             record["seconds"] = round(time.process_time() - started, 1)
