@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from capsnb import load_pretrained, runs, squash, training
 from capsnb.affine_mnist import FramedDigits
 from capsnb.baselines.capsnet import CapsNet, load_capsnet, mask
+from capsnb.baselines.matrix_capsules import load_em_routing
 from capsnb.baselines.rbm import hidden_probability, load_rbm
 from capsnb.baselines.sparse_capsules import SparseCapsules, load_sparse_capsules
 from capsnb.baselines.vae import VAE, load_vae
@@ -19,7 +20,7 @@ from capsnb.evaluation import winner
 from capsnb.model import ExpertCapsules
 from capsnb.subspaces import principal_directions
 from capsnb.windows import answers, best_window, centred_window, crop, lower_map, window_capsules
-from experiments.common import in_parts
+from experiments.common import in_parts, poses_and_activations
 from experiments.seeds import all_poses
 
 MODEL = "mnist"
@@ -149,6 +150,7 @@ CODES = {
         partial(network, load_rbm, lambda rbm, images: hidden_probability(rbm, images.flatten(1))),
     ),
     "capsnet": Code(("capsnet-mnist",), partial(network, load_capsnet, CapsNet.encode)),
+    "em-routing": Code(("em-routing-mnist",), partial(network, load_em_routing, poses_and_activations)),
     "sparse-capsules": Code(
         ("sparse-capsules-mnist",), partial(network, load_sparse_capsules, SparseCapsules.encode)
     ),

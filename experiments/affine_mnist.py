@@ -5,12 +5,13 @@
     python -m experiments.affine_mnist --quick --out FILE      on the shipped sample: only for checks
 
 The affine digits are *regenerated, not the original files* (see capsnb.affine_mnist). No encoder has learned from one,
-nor from labels, CapsNet excepted; the classifier of the codes has, by the protocols of Rawlinson2018. In (a) it learns
-from affine digits, in (b) from MNIST digits in the middle of the frame, and both are tested on affine digits; "mnist"
-is (b)'s classifier on MNIST digits. It is a support vector machine with the settings of ``evaluation.svm_probe``;
-"a_published_settings" is (a) with those of the paper's code. It learns from the first 10,000 training images of MNIST,
-or as many affine digits made of them, and is tested on every other test image, 5,000 in all. "alone" holds (b) on 500
-of them for one change at a time, "few" (a) when the classifier learns from the first affine digits only.
+nor, CapsNet and EM routing excepted, from labels; the classifier of the codes has, by the protocols of Rawlinson2018.
+In (a) it learns from affine digits, in (b) from MNIST digits in the middle of the frame, and both are tested on affine
+digits; "mnist" is (b)'s classifier on MNIST digits. It is a support vector machine with the settings of
+``evaluation.svm_probe``; "a_published_settings" is (a) with those of the paper's code. It learns from the first 10,000
+training images of MNIST, or as many affine digits made of them, and is tested on every other test image, 5,000 in all.
+"alone" holds (b) on 500 of them for one change at a time, "few" (a) when the classifier learns from the first affine
+digits only.
 
 A row is a code, and where in the frame it is taken: of the whole "frame"; in the "windows" of 28 x 28 that the shipped
 model's capsules answer most; in those that capsules with a random W do; or about the centre of "mass", an easier task,
@@ -65,7 +66,10 @@ ROWS = {
     for where, codes in {
         "windows": ("one-on", "all-on", "random", "pixels"),
         "random-windows": ("random",),
-        "mass": ("one-on", "all-on", "random", "random-one-on", "pixels", "vae", "rbm", "capsnet", "sparse-capsules"),
+        "mass": (
+            *("one-on", "all-on", "random", "random-one-on", "pixels"),
+            *("vae", "rbm", "capsnet", "em-routing", "sparse-capsules"),
+        ),
         "frame": ("pixels", "pca"),
     }.items()
     for code in codes

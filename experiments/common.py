@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from capsnb import data, runs, squash
+from capsnb.baselines.matrix_capsules import EMRouting
 from capsnb.evaluation import CLASSES, activation_measures, effective_rank, linear_probe, winner_measures
 from capsnb.model import CapsuleEncoder, ExpertCapsules
 from capsnb.sampling import Poses, one_at_a_time
@@ -131,6 +132,14 @@ def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
 def as_bytes(images: Float[Tensor, "N 1 28 28"]) -> Tensor:
     """Images in [0, 1] as numbers from 0 to 255."""
     return (255 * images[:, 0]).round().to(torch.uint8)
+
+
+def poses_and_activations(
+    network: EMRouting, images: Float[Tensor, "N 1 28 28"]
+) -> Float[Tensor, "N J numbers"]:
+    """Matrix capsules, the activation of each behind the sixteen numbers of its pose."""
+    poses, activations = network.encode(images)
+    return torch.cat([poses, activations.unsqueeze(2)], dim=2)
 
 
 def one_of_each_class(labels: Int[Tensor, "N"]) -> list[int]:

@@ -31,6 +31,7 @@ from capsnb.baselines.capsnet import load_capsnet
 from capsnb.baselines.capsule_network import CapsuleNetwork
 from capsnb.baselines.pca import fit_pixel_gaussian
 from capsnb.baselines.rbm import gibbs_step, hidden_probability, load_rbm, visible_probability
+from capsnb.baselines.sparse_capsules import load_sparse_capsules
 from capsnb.baselines.vae import load_vae
 from capsnb.classifier import Classifier, load_classifier
 from capsnb.pretrained import WEIGHTS
@@ -131,6 +132,7 @@ ROWS = {
     "vae": Row(("vae-mnist",), vae_prior),
     "vae-fitted": Row(("vae-mnist",), vae_fitted),
     "capsnet-fitted": Row(("capsnet-mnist",), partial(network_fitted, load_capsnet)),
+    "sparse-capsules-fitted": Row(("sparse-capsules-mnist",), partial(network_fitted, load_sparse_capsules)),
     **CAPSULES,
     "sparse-training-poses": Row(("mnist",), partial(training_poses, "mnist")),
 }

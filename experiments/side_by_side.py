@@ -7,7 +7,8 @@
 Every system is read as it ships. Its code of an image, all numbers of it, is judged by a linear probe, trained on the
 60,000 training images of MNIST; its groups are the longest capsules or, of systems without capsules, 20 clusters that
 k-means finds in the codes. "read" is the share of the 10,000 test images whose reconstruction the shipped classifier
-takes for the image's class, "read_alone" the same when only the longest capsule is decoded. A finished row is written
+takes for the image's class, "read_alone" the same when only the longest capsule is decoded; matrix capsules have no
+decoder. A finished row is written
 at once, and kept when the command runs again, unless the weights have changed since.
 
 "training" holds processor minutes of one thread: those of the first update, with what is prepared before it, and the
@@ -27,16 +28,18 @@ from torch import Tensor, nn
 
 from capsnb import data, load_pretrained, runs, systems
 from capsnb.baselines.capsnet import CapsNet, load_capsnet, mask
+from capsnb.baselines.matrix_capsules import load_em_routing
 from capsnb.baselines.pca import PixelGaussian, fit_pixel_gaussian
 from capsnb.baselines.rbm import hidden_probability, load_rbm, visible_probability
+from capsnb.baselines.sparse_capsules import SparseCapsules, load_sparse_capsules
 from capsnb.baselines.vae import VAE, load_vae
 from capsnb.classifier import load_classifier
-from capsnb.evaluation import assignment_accuracy, kmeans_table, linear_probe, purity, winner, winner_measures
+from capsnb.evaluation import assignment_accuracy, contingency, kmeans_table, linear_probe, purity, winner
 from capsnb.model import ExpertCapsules
 from capsnb.settings import PRESETS
 from capsnb.training import Step, train_autoencoder, train_decoder, train_encoder
 from experiments import results
-from experiments.common import as_bytes, in_parts, one_of_each_class
+from experiments.common import as_bytes, in_parts, one_of_each_class, poses_and_activations
 
 CLUSTERS = 20  # of k-means: as many as the book's models have capsules
 COMPONENTS = 320  # of the principal component analysis: as many numbers as 20 capsules of 16 have
@@ -49,14 +52,16 @@ Stages = list[Callable[[], Iterator[Step]]]
 
 
 class Row(NamedTuple):
-    """How a trained system encodes and decodes, whether its codes are capsules [N, J, d], and how it is trained."""
+    """How a trained system encodes and, if it can, decodes, which capsule wins if its codes [N, J, d] have capsules,
+    and how it is trained.
+    """
 
     weights: tuple[str, ...]
     load: Callable[[Images], Any]
     encode: Callable[[Any, Images], Float[Tensor, "N ..."]]
-    decode: Callable[[Any, Float[Tensor, "N ..."]], Images]
+    decode: Callable[[Any, Float[Tensor, "N ..."]], Images] | None
     stages: Callable[[Split], Stages] = lambda train: []
-    capsules: bool = False
+    winner: Callable[[Float[Tensor, "N J d"]], Int[Tensor, "N"]] | None = None
     labels: bool = False
 
 
@@ -86,7 +91,7 @@ def rebuild(pixels: PixelGaussian, codes: Float[Tensor, "N components"]) -> Imag
 def experts(name: str, preset: str) -> Row:
     """The expert capsules that ship as ``name``, of that preset."""
     load, stages = lambda train: load_pretrained(name), partial(expert_stages, preset)
-    return Row((name,), load, ExpertCapsules.encode, ExpertCapsules.decode, stages, capsules=True)
+    return Row((name,), load, ExpertCapsules.encode, ExpertCapsules.decode, stages, winner)
 
 
 ROWS = {
@@ -116,8 +121,25 @@ ROWS = {
         CapsNet.encode,
         CapsNet.decode,
         partial(one_stage, "capsnet"),
-        capsules=True,
+        winner,
         labels=True,
+    ),
+    "em-routing": Row(
+        ("em-routing-mnist",),
+        lambda train: load_em_routing(),
+        poses_and_activations,
+        None,
+        partial(one_stage, "em-routing"),
+        lambda codes: codes[..., -1].argmax(1),
+        labels=True,
+    ),
+    "sparse-capsules": Row(
+        ("sparse-capsules-mnist",),
+        lambda train: load_sparse_capsules(),
+        SparseCapsules.encode,
+        SparseCapsules.decode,
+        partial(one_stage, "sparse-capsules"),
+        winner,
     ),
     "sparse": experts("mnist", "sparse"),
     "dense": experts("mnist-dense", "dense"),
@@ -137,12 +159,12 @@ def parameters(system: Any) -> int:
 
 
 def groups(system: Row, codes: Tensor, test_codes: Tensor, labels: Int[Tensor, "M"], seed: int) -> dict:
-    """How well the groups of the test images, longest capsules or clusters, agree with the classes; how many groups."""
-    if system.capsules:
-        found = winner_measures(test_codes, labels)
-        return {key: found[key] for key in ("purity", "assignment_accuracy")} | {"groups": test_codes.shape[1]}
-    table = kmeans_table(codes, test_codes, labels, clusters=CLUSTERS, seed=seed)
-    return {"purity": purity(table), "assignment_accuracy": assignment_accuracy(table), "groups": CLUSTERS}
+    """How well the groups of the test images, winners or clusters, agree with the classes; how many groups."""
+    if system.winner:
+        table = contingency(system.winner(test_codes), labels, test_codes.shape[1])
+    else:
+        table = kmeans_table(codes, test_codes, labels, clusters=CLUSTERS, seed=seed)
+    return {"purity": purity(table), "assignment_accuracy": assignment_accuracy(table), "groups": len(table)}
 
 
 def minutes(stages: Stages) -> float | None:
@@ -164,13 +186,13 @@ def minutes(stages: Stages) -> float | None:
 def measure(system: Row, train: Split, test: Split, seed: int) -> tuple[dict, dict[str, Tensor]]:
     """All measures of a row, and its pictures by the end of their names."""
     (known, known_labels), (images, labels), classifier = train, test, load_classifier()
-    trained, ends = system.load(known), {"": lambda codes: codes} | ({"/alone": longest} if system.capsules else {})
+    trained, ends = system.load(known), {"": lambda codes: codes} | ({"/alone": longest} if system.winner else {})
     codes, test_codes = (in_parts(partial(system.encode, trained), split) for split in (known, images))
     record = {"labels": system.labels, "parameters": parameters(trained), "numbers": codes[0].numel()}
     record |= {"linear_probe": linear_probe(codes, known_labels, test_codes, labels)}
     record |= groups(system, codes, test_codes, labels, seed)
     pictures = {}
-    for end, chosen in ends.items():
+    for end, chosen in ends.items() if system.decode else ():
         found = in_parts(partial(system.decode, trained), chosen(test_codes))
         right = classifier.probabilities(found).argmax(1) == labels
         record["read" + end.replace("/", "_")] = right.float().mean().item()
@@ -184,7 +206,8 @@ class Results(results.Results):
     records = "rows"
 
     def holds(self, name: str) -> bool:
-        return super().holds(name, fingerprint=results.fingerprint("classifier-mnist", *ROWS[name].weights))
+        record = self.content["rows"].get(name, {})
+        return record.get("fingerprint") == results.fingerprint("classifier-mnist", *ROWS[name].weights)
 
 
 def run(found: Results, names: list[str]) -> None:
