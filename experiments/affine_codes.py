@@ -1,6 +1,7 @@
 """What is seen of frames of 40 x 40, and the codes of it: for ``affine_mnist``."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsnb import load_pretrained, runs, squash, training
+from capsnb import data, load_pretrained, runs, squash, training
 from capsnb.affine_mnist import FramedDigits
 from capsnb.baselines.capsnet import CapsNet, load_capsnet, mask
 from capsnb.baselines.matrix_capsules import load_em_routing
@@ -17,56 +18,73 @@ from capsnb.baselines.rbm import hidden_probability, load_rbm
 from capsnb.baselines.sparse_capsules import SparseCapsules, load_sparse_capsules
 from capsnb.baselines.vae import VAE, load_vae
 from capsnb.evaluation import winner
-from capsnb.model import ExpertCapsules
+from capsnb.model import CapsuleEncoder, ExpertCapsules
+from capsnb.settings import quick
 from capsnb.subspaces import principal_directions
 from capsnb.windows import answers, best_window, centred_window, crop, lower_map, window_capsules
-from experiments.common import in_parts, poses_and_activations
+from experiments.common import fit, in_parts, poses_and_activations, untrained
 from experiments.seeds import all_poses
 
 MODEL = "mnist"
 OUTSIDE = 8  # pixels by which a window may stick out of the frame, as those of thin digits at its edge do
 COMPONENTS = 320  # of the principal component analysis: as many numbers as 20 capsules of 16 have
 PART = 100  # frames searched at once
-SEARCHES = ("windows", "random-windows")
+SEARCHES = {"windows": "trained", "random-windows": "random", "unviewed-windows": "unviewed"}  # by which W
 
 Codes = Float[Tensor, "N ..."]
 OfSet = Callable[[str], Codes]  # the code of a set by its name
 
 
 def search(
-    model: ExpertCapsules, weights: list[Float[Tensor, "I J d e"]], frames: Float[Tensor, "N 1 height width"]
-) -> Int[Tensor, "weights N 2"]:
-    """For each of ``weights``, the window of every frame that its capsules answer most."""
+    model: ExpertCapsules, W: Float[Tensor, "I J d e"], frames: Float[Tensor, "N 1 height width"]
+) -> Int[Tensor, "N 2"]:
+    """The window of every frame that the capsules with this ``W`` answer most."""
     found = []
     for part in frames.split(PART):
         with training.autocast(part.device):
-            x = lower_map(model, part)
-            found.append(torch.stack([best_window(answers(window_capsules(x, W))) for W in weights]))
-    return torch.cat(found, dim=1)
+            found.append(best_window(answers(window_capsules(lower_map(model, part), W))))
+    return torch.cat(found)
+
+
+@torch.enable_grad()  # codes are made without
+def train_unviewed(model: ExpertCapsules, is_quick: bool, seed: int) -> CapsuleEncoder:
+    """Another stage 2 for ``model``, which learns from the training images as they are and not from views of them."""
+    settings = replace(model.settings, encoder=replace(model.settings.encoder, views=None))
+    chosen = quick(settings).encoder if is_quick else settings.encoder
+    images, _ = data.load("mnist", "train", sample=is_quick)
+    return fit("unviewed", untrained("unviewed", chosen, model, seed), runs.Encoded(model, images), seed).encoder
 
 
 class Views:
-    """The shipped model, a random W like its own, and what is seen of every set of frames, made when first asked."""
+    """The shipped model, encoders to compare its own with, and what is seen of every set of frames, made when asked."""
 
-    def __init__(self, sets: dict[str, FramedDigits], seed: int):
-        self.sets, self.model = sets, load_pretrained(MODEL)
-        self.W = self.model.encoder.W.detach()
-        self.noise = self.W.std() * torch.randn(self.W.shape, generator=torch.Generator().manual_seed(seed))
-        self.kept = {}
+    def __init__(self, sets: dict[str, FramedDigits], is_quick: bool, seed: int):
+        self.sets, self.is_quick, self.seed = sets, is_quick, seed
+        self.model, self.kept = load_pretrained(MODEL), {}
+
+    def encoder(self, of: str) -> CapsuleEncoder:
+        """The stage 2 that ships, or that has learned without views."""
+        if of == "trained":
+            return self.model.encoder
+        return self.keep((of, ""), lambda: train_unviewed(self.model, self.is_quick, self.seed))
+
+    def W(self, of: str) -> Float[Tensor, "I J d e"]:
+        """The weights of an encoder, or "random" ones that deviate as those that ship."""
+        if of != "random":
+            return self.encoder(of).W.detach()
+        W = self.model.encoder.W.detach()
+        return W.std() * torch.randn(W.shape, generator=torch.Generator().manual_seed(self.seed))
 
     def frames(self, name: str) -> Float[Tensor, "N 1 H W"]:
         """The frames of a set, with room about them for windows that stick out."""
         return F.pad(self.sets[name].images, [OUTSIDE] * 4)
 
-    def searched(self, name: str) -> Int[Tensor, "2 N 2"]:
-        """The windows of a set that the capsules of either W answer most."""
-        return self.keep(("searched", name), lambda: search(self.model, [self.W, self.noise], self.frames(name)))
-
     def places(self, where: str, name: str) -> Int[Tensor, "N 2"]:
         """The windows of a set."""
         if where == "mass":
             return centred_window(self.frames(name))
-        return self.searched(name)[SEARCHES.index(where)]
+        found = partial(search, self.model, self.W(SEARCHES[where]), self.frames(name))
+        return self.keep((f"{where} places", name), found)
 
     def images(self, where: str, name: str) -> Float[Tensor, "N 1 h w"]:
         """What is seen of a set: its frames, or the windows."""
@@ -103,20 +121,20 @@ def pca(views: Views, where: str) -> OfSet:
     return lambda name: (pixels(views, where)(name) - mean) @ directions
 
 
-def one_on(views: Views, where: str) -> OfSet:
+def one_on(of: str, views: Views, where: str) -> OfSet:
     """The capsules as ``ExpertCapsules.encode`` gives them: the one that explains most is on."""
-    return lambda name: in_parts(lambda x: views.model.encoder.encode(x.float()), views.lower(where, name))
+    return lambda name: in_parts(lambda x: views.encoder(of).encode(x.float()), views.lower(where, name))
 
 
-def all_on(weights: str, views: Views, where: str) -> OfSet:
+def all_on(of: str, views: Views, where: str) -> OfSet:
     """The pose that every capsule would have if it were the one that is on, with the given W."""
-    W = getattr(views, weights)
+    W = views.W(of)
     return lambda name: in_parts(lambda x: all_poses(W, x.float().flatten(1)), views.lower(where, name))
 
 
 def random_one_on(views: Views, where: str) -> OfSet:
     """The capsules of the random W with all but the longest of each image set to 0."""
-    poses = all_on("noise", views, where)
+    poses = all_on("random", views, where)
 
     def longest(name: str) -> Float[Tensor, "N J d"]:
         found = poses(name)
@@ -140,9 +158,11 @@ class Code(NamedTuple):
 CODES = {
     "pixels": Code((), pixels),
     "pca": Code((), pca),
-    "one-on": Code((MODEL,), one_on),
-    "all-on": Code((MODEL,), partial(all_on, "W")),
-    "random": Code((MODEL,), partial(all_on, "noise")),
+    "one-on": Code((MODEL,), partial(one_on, "trained")),
+    "all-on": Code((MODEL,), partial(all_on, "trained")),
+    "unviewed-one-on": Code((MODEL,), partial(one_on, "unviewed")),
+    "unviewed-all-on": Code((MODEL,), partial(all_on, "unviewed")),
+    "random": Code((MODEL,), partial(all_on, "random")),
     "random-one-on": Code((MODEL,), random_one_on),
     "vae": Code(("vae-mnist",), partial(network, load_vae, VAE.encode)),
     "rbm": Code(

@@ -14,7 +14,8 @@ training images of MNIST, or as many affine digits made of them, and is tested o
 digits only.
 
 A row is a code, and where in the frame it is taken: of the whole "frame"; in the "windows" of 28 x 28 that the shipped
-model's capsules answer most; in those that capsules with a random W do; or about the centre of "mass", an easier task,
+model's capsules answer most; in those that capsules with a random W do, or others that were trained without views
+("unviewed"; they are trained when they are first needed, and not kept); or about the centre of "mass", an easier task,
 to be named so. Rows whose weights do not ship are left out. A finished row is written at once, and kept when the
 command runs again, unless its weights have changed since.
 
@@ -66,8 +67,9 @@ ROWS = {
     for where, codes in {
         "windows": ("one-on", "all-on", "random", "pixels"),
         "random-windows": ("random",),
+        "unviewed-windows": ("unviewed-one-on", "unviewed-all-on"),
         "mass": (
-            *("one-on", "all-on", "random", "random-one-on", "pixels"),
+            *("one-on", "all-on", "unviewed-one-on", "unviewed-all-on", "random", "random-one-on", "pixels"),
             *("vae", "rbm", "capsnet", "em-routing", "sparse-capsules"),
         ),
         "frame": ("pixels", "pca"),
@@ -172,7 +174,7 @@ def fingerprint(name: str) -> str:
 
 def run(found: Results, names: list[str]) -> None:
     """Measure and write every row of ``names`` that ``found`` lacks and whose weights ship."""
-    views = Views(framed(found.quick, found.seed), found.seed)
+    views = Views(framed(found.quick, found.seed), found.quick, found.seed)
     print(f"{'':24s}{''.join(f'{title:>22s}' for title in TABLE)}  seconds")
     for name in filter(shipped, names):
         if not found.holds(name):

@@ -106,7 +106,7 @@ def entry(path: Path, network: CapsuleNetwork, images: Tensor, labels: Tensor, f
     if not isinstance(network, SparseCapsules):
         return {"support": ranks(supports(network, images))}, {}
     torch.manual_seed(found.seed)
-    views = Views(framed(found.quick, found.seed), found.seed)
+    views = Views(framed(found.quick, found.seed), found.quick, found.seed)
     metrics = checkpoints.read_json(path.with_suffix(".metrics.json"))["test"]
     record = {"metrics": metrics, "read_alone": read_alone(network, images[:READ], labels[:READ])}
     record |= {"table_1": table_1(network, views)}

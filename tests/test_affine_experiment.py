@@ -30,7 +30,7 @@ def small(small_model, digits, monkeypatch):
 
 @pytest.fixture
 def views(small):
-    return Views(framed(True, 3), 3)
+    return Views(framed(True, 3), True, 3)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -69,7 +69,7 @@ def test_the_machine_is_that_of_the_probe(digits):
 
 
 def test_rows_of_systems_that_do_not_ship_are_left_out(monkeypatch, tmp_path):
-    assert {"frame", "windows", "random-windows", "mass"} == {row.where for row in ROWS.values()}
+    assert {"frame", "windows", "random-windows", "unviewed-windows", "mass"} == {row.where for row in ROWS.values()}
     assert set(CODES) == {row.code for row in ROWS.values()}
     monkeypatch.setattr(affine_mnist, "WEIGHTS", tmp_path)
     (tmp_path / "rbm.safetensors").touch()
@@ -80,7 +80,7 @@ def test_windows_are_those_that_the_trained_or_the_random_capsules_answer_most(v
     monkeypatch.setattr(affine_codes, "PART", 17)
     frames = views.frames("affine test")
     assert frames.shape == (44, 1, 56, 56)
-    for where, W in (("windows", views.model.encoder.W.detach()), ("random-windows", views.noise)):
+    for where, W in (("windows", views.model.encoder.W.detach()), ("random-windows", views.W("random"))):
         expected = best_window(answers(window_capsules(lower_map(views.model, frames), W)))
         assert (views.places(where, "affine test") == expected).float().mean() > 0.9  # the search has fewer digits
     assert torch.equal(views.places("mass", "affine test"), centred_window(frames))
@@ -98,11 +98,24 @@ def test_codes_are_taken_of_what_the_row_sees(views, small):
     agreeing = same.all(1)
     assert_close(found["one-on"][agreeing], small.encode(seen)[agreeing], **near)
     lower = small.lower_capsules(seen).detach().flatten(1)
-    for name, W in (("all-on", small.encoder.W.detach()), ("random", views.noise)):
+    for name, W in (("all-on", small.encoder.W.detach()), ("random", views.W("random"))):
         assert_close(found[name], all_poses(W, lower), **near)
     longest = found["random"].norm(dim=2) == found["random"].norm(dim=2).amax(1, keepdim=True)
     assert torch.equal(CODES["random-one-on"].make(views, "windows")("plain"), found["random"] * longest.unsqueeze(2))
     assert torch.equal(CODES["pixels"].make(views, "frame")("placed"), views.sets["placed"].images.flatten(1))
+
+
+def test_capsules_without_views_are_another_stage_2_of_the_same_model_trained_once(views, small, monkeypatch):
+    fits, fit = [], affine_codes.fit
+    monkeypatch.setattr(affine_codes, "fit", lambda *given: fits.append(given) or fit(*given))
+    names = ("unviewed-one-on", "unviewed-all-on", "one-on")
+    codes = {name: CODES[name].make(views, "mass")("plain") for name in names}
+    ((_, untrained, rows, seed),) = fits
+    assert untrained.settings.encoder.views is None and untrained.autoencoder is small.autoencoder
+    assert len(rows.images) == 59 and seed == 3
+    assert not torch.equal(codes["unviewed-one-on"], codes["one-on"])
+    W = views.encoder("unviewed").W.detach()
+    assert_close(codes["unviewed-all-on"], all_poses(W, views.lower("mass", "plain").float().flatten(1)))
 
 
 def test_principal_components_are_fitted_to_placed_digits_alone(views):
@@ -125,7 +138,7 @@ def test_placement_counts_windows_near_the_centre_of_mass_and_the_ink_outside(vi
     frames[:, :, 10, 20] = frames[:, :, 11, 21] = 1.0  # the centre is 18.5, 28.5 in the frame with room about it
     views.sets["affine test"] = FramedDigits(frames, torch.zeros(4).long(), "two dots each")
     places = torch.tensor([[5, 15], [6, 14], [7, 15], [19, 2]])
-    views.kept["searched", "affine test"] = torch.stack([places, places])
+    views.kept["windows places", "affine test"] = places
     found = placement(views, "windows")
     assert found == {"within_1": 0.5, "within_2": 0.75, "cut": pytest.approx(0.25 * 0.5)}
 
