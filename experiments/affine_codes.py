@@ -22,7 +22,7 @@ from capsnb.model import CapsuleEncoder, ExpertCapsules
 from capsnb.settings import quick
 from capsnb.subspaces import principal_directions
 from capsnb.windows import answers, best_window, centred_window, crop, lower_map, window_capsules
-from experiments.common import fit, in_parts, poses_and_activations, untrained
+from experiments.common import as_vectors, fit, in_parts, untrained
 from experiments.seeds import all_poses
 
 MODEL = "mnist"
@@ -170,7 +170,7 @@ CODES = {
         partial(network, load_rbm, lambda rbm, images: hidden_probability(rbm, images.flatten(1))),
     ),
     "capsnet": Code(("capsnet-mnist",), partial(network, load_capsnet, CapsNet.encode)),
-    "em-routing": Code(("em-routing-mnist",), partial(network, load_em_routing, poses_and_activations)),
+    "em-routing": Code(("em-routing-mnist",), partial(network, load_em_routing, as_vectors)),
     "sparse-capsules": Code(
         ("sparse-capsules-mnist",), partial(network, load_sparse_capsules, SparseCapsules.encode)
     ),

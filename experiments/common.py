@@ -134,12 +134,10 @@ def as_bytes(images: Float[Tensor, "N 1 28 28"]) -> Tensor:
     return (255 * images[:, 0]).round().to(torch.uint8)
 
 
-def poses_and_activations(
-    network: EMRouting, images: Float[Tensor, "N 1 28 28"]
-) -> Float[Tensor, "N J numbers"]:
-    """Matrix capsules, the activation of each behind the sixteen numbers of its pose."""
+def as_vectors(network: EMRouting, images: Float[Tensor, "N 1 28 28"]) -> Float[Tensor, "N J d"]:
+    """Matrix capsules as capsules of other systems are: the direction of the pose, as long as the capsule is active."""
     poses, activations = network.encode(images)
-    return torch.cat([poses, activations.unsqueeze(2)], dim=2)
+    return F.normalize(poses, dim=2) * activations.unsqueeze(2)
 
 
 def one_of_each_class(labels: Int[Tensor, "N"]) -> list[int]:

@@ -39,7 +39,7 @@ from capsnb.model import ExpertCapsules
 from capsnb.settings import PRESETS
 from capsnb.training import Step, train_autoencoder, train_decoder, train_encoder
 from experiments import results
-from experiments.common import as_bytes, in_parts, one_of_each_class, poses_and_activations
+from experiments.common import as_bytes, as_vectors, in_parts, one_of_each_class
 
 CLUSTERS = 20  # of k-means: as many as the book's models have capsules
 COMPONENTS = 320  # of the principal component analysis: as many numbers as 20 capsules of 16 have
@@ -52,16 +52,14 @@ Stages = list[Callable[[], Iterator[Step]]]
 
 
 class Row(NamedTuple):
-    """How a trained system encodes and, if it can, decodes, which capsule wins if its codes [N, J, d] have capsules,
-    and how it is trained.
-    """
+    """How a trained system encodes and, if it can, decodes, how it is trained, whether codes are capsules [N, J, d]."""
 
     weights: tuple[str, ...]
     load: Callable[[Images], Any]
     encode: Callable[[Any, Images], Float[Tensor, "N ..."]]
     decode: Callable[[Any, Float[Tensor, "N ..."]], Images] | None
     stages: Callable[[Split], Stages] = lambda train: []
-    winner: Callable[[Float[Tensor, "N J d"]], Int[Tensor, "N"]] | None = None
+    capsules: bool = False
     labels: bool = False
 
 
@@ -91,7 +89,7 @@ def rebuild(pixels: PixelGaussian, codes: Float[Tensor, "N components"]) -> Imag
 def experts(name: str, preset: str) -> Row:
     """The expert capsules that ship as ``name``, of that preset."""
     load, stages = lambda train: load_pretrained(name), partial(expert_stages, preset)
-    return Row((name,), load, ExpertCapsules.encode, ExpertCapsules.decode, stages, winner)
+    return Row((name,), load, ExpertCapsules.encode, ExpertCapsules.decode, stages, capsules=True)
 
 
 ROWS = {
@@ -121,16 +119,16 @@ ROWS = {
         CapsNet.encode,
         CapsNet.decode,
         partial(one_stage, "capsnet"),
-        winner,
+        capsules=True,
         labels=True,
     ),
     "em-routing": Row(
         ("em-routing-mnist",),
         lambda train: load_em_routing(),
-        poses_and_activations,
+        as_vectors,
         None,
         partial(one_stage, "em-routing"),
-        lambda codes: codes[..., -1].argmax(1),
+        capsules=True,
         labels=True,
     ),
     "sparse-capsules": Row(
@@ -139,7 +137,7 @@ ROWS = {
         SparseCapsules.encode,
         SparseCapsules.decode,
         partial(one_stage, "sparse-capsules"),
-        winner,
+        capsules=True,
     ),
     "sparse": experts("mnist", "sparse"),
     "dense": experts("mnist-dense", "dense"),
@@ -159,9 +157,9 @@ def parameters(system: Any) -> int:
 
 
 def groups(system: Row, codes: Tensor, test_codes: Tensor, labels: Int[Tensor, "M"], seed: int) -> dict:
-    """How well the groups of the test images, winners or clusters, agree with the classes; how many groups."""
-    if system.winner:
-        table = contingency(system.winner(test_codes), labels, test_codes.shape[1])
+    """How well the groups of the test images, longest capsules or clusters, agree with the classes; how many groups."""
+    if system.capsules:
+        table = contingency(winner(test_codes), labels, test_codes.shape[1])
     else:
         table = kmeans_table(codes, test_codes, labels, clusters=CLUSTERS, seed=seed)
     return {"purity": purity(table), "assignment_accuracy": assignment_accuracy(table), "groups": len(table)}
@@ -186,7 +184,7 @@ def minutes(stages: Stages) -> float | None:
 def measure(system: Row, train: Split, test: Split, seed: int) -> tuple[dict, dict[str, Tensor]]:
     """All measures of a row, and its pictures by the end of their names."""
     (known, known_labels), (images, labels), classifier = train, test, load_classifier()
-    trained, ends = system.load(known), {"": lambda codes: codes} | ({"/alone": longest} if system.winner else {})
+    trained, ends = system.load(known), {"": lambda codes: codes} | ({"/alone": longest} if system.capsules else {})
     codes, test_codes = (in_parts(partial(system.encode, trained), split) for split in (known, images))
     record = {"labels": system.labels, "parameters": parameters(trained), "numbers": codes[0].numel()}
     record |= {"linear_probe": linear_probe(codes, known_labels, test_codes, labels)}

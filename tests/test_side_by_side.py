@@ -7,11 +7,12 @@ import torch
 from torch.testing import assert_close
 
 from capsnb import data, load_pretrained
+from capsnb.baselines.matrix_capsules import load_em_routing
 from capsnb.baselines.rbm import RBM
 from capsnb.evaluation import winner
 from capsnb.training import Step
 from experiments import common, side_by_side
-from experiments.common import in_parts
+from experiments.common import as_vectors, in_parts
 from experiments.side_by_side import ROWS, groups, longest, main, measure, minutes, parameters
 
 
@@ -62,10 +63,11 @@ def test_groups_are_the_longest_capsules_or_clusters_of_codes():
     assert groups(ROWS["vae"], points, points, labels, seed=0)["groups"] == side_by_side.CLUSTERS
 
 
-def test_matrix_capsules_win_by_their_activation():
-    codes = torch.tensor([[[9.0, 0.1], [1.0, 0.2]], [[1.0, 0.3], [9.0, 0.2]]])
-    assert groups(ROWS["em-routing"], codes, codes, torch.tensor([3, 4]), seed=0)["assignment_accuracy"] == 1.0
-    assert ROWS["em-routing"].winner(codes).tolist() == [1, 0]
+def test_matrix_capsules_are_as_long_as_they_are_active_and_point_where_their_poses_do():
+    images, network = data.load("mnist", "test", sample=True)[0][:7], load_em_routing()
+    (poses, activations), found = network.encode(images), as_vectors(network, images)
+    assert_close(found.norm(dim=2), activations)
+    assert_close(found * poses.norm(dim=2, keepdim=True), poses * activations.unsqueeze(2))
 
 
 @pytest.mark.parametrize("name", [name for name, system in ROWS.items() if system.decode and name != "paper"])
