@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from capsnb import data
 from capsnb.baselines.capsnet import load_capsnet
 from capsnb.baselines.capsule_network import CapsuleNetwork
+from capsnb.baselines.sparse_capsules import load_sparse_capsules
 from capsnb.baselines.vae import VAE, load_vae
 from capsnb.model import ExpertCapsules
 from capsnb.pretrained import load_pretrained
@@ -91,6 +92,10 @@ CHOICES = {
         lambda dataset: movable_network(load_capsnet(), dataset),
         length="how sure it is that its digit is there",
         wins="class",
+    ),
+    "sparse-capsules": Choice(
+        "Sparse capsules",
+        lambda dataset: movable_network(load_sparse_capsules(), dataset),
     ),
     "vae": Choice("VAE", lambda dataset: movable_vae(load_vae(), dataset)),
 }

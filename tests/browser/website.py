@@ -17,6 +17,7 @@ WIDGETS = {
     "11-move-a-capsule": ["explorer", "walk", "tour"],
     "13-routing-watched": ["routing"],
     "14-draw-a-digit": ["draw"],
+    "24-sparse-unsupervised-capsules": ["explorer"],
     "26-side-by-side": ["explorer"],
 }
 
