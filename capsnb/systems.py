@@ -73,7 +73,7 @@ SYSTEMS = {
         filters=LARGEST,
     ),
     "em-routing": System(
-        "matrix capsules with EM routing, learn from labels; about 3.5 hours of a core; 3 if small, 19 if large",
+        "matrix capsules with EM routing, learn from labels; about 1.5 hours of a core; 1 if small, 14 if large",
         {"short": SHORT, "small": EMRoutingSettings(), "large": LARGE},
         EMRouting,
         train_em_routing,

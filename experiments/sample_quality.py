@@ -132,7 +132,7 @@ ROWS = {
     "vae": Row(("vae-mnist",), vae_prior),
     "vae-fitted": Row(("vae-mnist",), vae_fitted),
     "capsnet-fitted": Row(("capsnet-mnist",), partial(network_fitted, load_capsnet)),
-    "sparse-capsules-fitted": Row(("sparse-capsules-mnist",), partial(network_fitted, load_sparse_capsules)),
+    "sparsecaps-fitted": Row(("sparse-capsules-mnist",), partial(network_fitted, load_sparse_capsules)),
     **CAPSULES,
     "sparse-training-poses": Row(("mnist",), partial(training_poses, "mnist")),
 }

@@ -55,13 +55,13 @@ class EMRoutingSettings:
     last_margin: float = 0.9
     margin_updates: int = 2000  # over which the margin rises evenly; ours, the paper names none
     shift: int = 2  # pixels by which training images are moved at most, each way; ours
-    epochs: float = 5.0  # ours: about three hours of two processor cores
+    epochs: float = 5.0  # ours: less than an hour of a processor core
     batch: int = 64  # that of the paper's authors
     learning_rate: float = 3e-2  # Adam, warmed up and decayed to 0; ours: 3e-3 and 1e-2 learnt more slowly
 
 
 LARGE = EMRoutingSettings(filters=32, primary=32, first=32, second=32)  # A to D of the paper's best network
-SHORT = EMRoutingSettings(rounds=2, epochs=12.0)  # ours: about three hours of two processor cores
+SHORT = EMRoutingSettings(rounds=2, epochs=12.0)  # ours: about an hour and a half of a processor core
 
 
 class CapsuleLayer(nn.Module):

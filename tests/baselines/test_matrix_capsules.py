@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from capsnb import checkpoints, data
 from capsnb.baselines.em_routing import em_routing
 from capsnb.baselines.matrix_capsules import (
     LARGE,
+    SHIPPED,
     CapsuleLayer,
     EMRouting,
     EMRoutingSettings,
@@ -231,3 +233,12 @@ def test_images_of_another_range_or_size_are_refused(digits):
 def test_a_file_that_is_not_there_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="em-routing.safetensors does not exist"):
         load_em_routing(tmp_path / "em-routing.safetensors")
+
+
+def test_the_shipped_network_reads_the_shipped_digits_and_its_measures_lie_beside_it():
+    images, labels = data.load("mnist", "test", sample=True)
+    metrics = checkpoints.read_json(SHIPPED.with_suffix(".metrics.json"))
+    assert (load_em_routing().encode(images)[1].argmax(1) != labels).sum() <= 12
+    assert not metrics["quick"] and metrics["images"] == 60_000 and metrics["test"]["images"] == 10_000
+    assert metrics["test"]["error"] == metrics["test"]["wrong"] / 10_000 <= 0.01
+    assert SHIPPED.stat().st_size < 15e6

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from capsnb import checkpoints
+from capsnb import checkpoints, data
+from capsnb.baselines.capsule_network import squared_error
 from capsnb.baselines.sparse_capsules import (
+    SHIPPED,
     Latent,
     Lifetime,
     SparseCapsules,
@@ -17,6 +19,7 @@ from capsnb.baselines.sparse_capsules import (
     load_sparse_capsules,
     train_sparse_capsules,
 )
+from capsnb.sampling import one_at_a_time
 
 J, D = 7, 5
 SMALL = SparseCapsulesSettings(
@@ -277,3 +280,19 @@ def test_images_of_another_range_or_size_are_refused(digits):
 def test_a_file_that_is_not_there_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="sparse.safetensors does not exist"):
         load_sparse_capsules(tmp_path / "sparse.safetensors")
+
+
+def test_the_shipped_network_reconstructs_digits_and_each_of_its_capsules_draws_them_alone():
+    images, _ = data.load("mnist", "test", sample=True)
+    images, network = images[:100], load_sparse_capsules()
+    alone = one_at_a_time(network.latent(images).capsules)
+
+    def error(capsules):
+        return squared_error(network.decode(capsules), images).mean()
+
+    blank = squared_error(images.mean(0, keepdim=True).expand_as(images), images).mean()
+    assert error(network.encode(images)) < blank / 5
+    assert max(error(layers) for layers in alone.unbind(1)) < blank / 2
+    metrics = checkpoints.read_json(SHIPPED.with_suffix(".metrics.json"))
+    assert not metrics["quick"] and metrics["images"] == 60_000 and metrics["test"]["images"] == 10_000
+    assert SHIPPED.stat().st_size < 15e6
