@@ -1,4 +1,5 @@
-// A classic script that every browser can read: it starts the widgets, or says beside the still picture why it cannot.
+// A classic script that every browser can read: it starts the widgets, or says beside the still picture why it cannot,
+// and lets the keyboard scroll tables that are wider than the page.
 (function () {
   var page = new URL("page.js", document.currentScript.src).href;
 
@@ -24,6 +25,17 @@
     };
     document.head.append(script);
   }
+
+  function focusWideTables() {
+    document.querySelectorAll(".pst-scrollable-table-container").forEach(function (box) {
+      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+      else box.removeAttribute("tabindex");
+    });
+  }
+
+  whenRead(focusWideTables);
+  window.addEventListener("load", focusWideTables);
+  window.addEventListener("resize", focusWideTables);
 
   if (location.protocol === "file:") {
     say("A browser does not let a page that was opened as a file read the model beside it; `make serve` shows it alive.");

@@ -66,6 +66,14 @@ def test_a_phone_shows_the_page_without_sideways_scrolling(open_page, name):
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
+def test_the_keyboard_can_scroll_tables_that_are_wider_than_the_page_and_skips_others(open_page):
+    page = open_page("26-side-by-side", viewport={"width": 390, "height": 844})
+    script = "all => all.map(each => [each.scrollWidth > each.clientWidth, each.tabIndex === 0])"
+    tables = page.locator(".pst-scrollable-table-container")
+    assert {wide for wide, _ in tables.evaluate_all(script)} == {True, False}
+    assert eventually(lambda: all(wide == focusable for wide, focusable in tables.evaluate_all(script)))
+
+
 @each_page
 def test_without_javascript_the_page_shows_the_still_picture(open_page, name):
     page = open_page(name, java_script_enabled=False)
