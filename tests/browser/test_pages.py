@@ -71,7 +71,7 @@ def test_the_keyboard_can_scroll_tables_that_are_wider_than_the_page_and_skips_o
     script = "all => all.map(each => [each.scrollWidth > each.clientWidth, each.tabIndex === 0])"
     tables = page.locator(".pst-scrollable-table-container")
     assert {wide for wide, _ in tables.evaluate_all(script)} == {True, False}
-    assert eventually(lambda: all(wide == focusable for wide, focusable in tables.evaluate_all(script)))
+    eventually(page, lambda: all(wide == focusable for wide, focusable in tables.evaluate_all(script)))
 
 
 @each_page
