@@ -92,6 +92,11 @@ def experts(name: str, preset: str) -> Row:
     return Row((name,), load, ExpertCapsules.encode, ExpertCapsules.decode, stages, capsules=True)
 
 
+def network(name: str, load: Callable[[], nn.Module], encode: Callable, decode: Callable | None, **kind: bool) -> Row:
+    """The system that ships as ``name``-mnist and is trained in one go."""
+    return Row((f"{name}-mnist",), lambda train: load(), encode, decode, partial(one_stage, name), **kind)
+
+
 ROWS = {
     "pca": Row(
         (),
@@ -106,38 +111,11 @@ ROWS = {
         lambda rbm, codes: visible_probability(rbm, codes).view(-1, 1, 28, 28),
         partial(one_stage, "rbm"),
     ),
-    "vae": Row(
-        ("vae-mnist",),
-        lambda train: load_vae(),
-        VAE.encode,
-        VAE.decode,
-        partial(one_stage, "vae"),
-    ),
-    "capsnet": Row(
-        ("capsnet-mnist",),
-        lambda train: load_capsnet(),
-        CapsNet.encode,
-        CapsNet.decode,
-        partial(one_stage, "capsnet"),
-        capsules=True,
-        labels=True,
-    ),
-    "em-routing": Row(
-        ("em-routing-mnist",),
-        lambda train: load_em_routing(),
-        as_vectors,
-        None,
-        partial(one_stage, "em-routing"),
-        capsules=True,
-        labels=True,
-    ),
-    "sparse-capsules": Row(
-        ("sparse-capsules-mnist",),
-        lambda train: load_sparse_capsules(),
-        SparseCapsules.encode,
-        SparseCapsules.decode,
-        partial(one_stage, "sparse-capsules"),
-        capsules=True,
+    "vae": network("vae", load_vae, VAE.encode, VAE.decode),
+    "capsnet": network("capsnet", load_capsnet, CapsNet.encode, CapsNet.decode, capsules=True, labels=True),
+    "em-routing": network("em-routing", load_em_routing, as_vectors, None, capsules=True, labels=True),
+    "sparse-capsules": network(
+        "sparse-capsules", load_sparse_capsules, SparseCapsules.encode, SparseCapsules.decode, capsules=True
     ),
     "sparse": experts("mnist", "sparse"),
     "dense": experts("mnist-dense", "dense"),
