@@ -18,10 +18,17 @@ from torch import Tensor, nn
 
 from capsnb import checkpoints, data, distributed, measures, packing, runs
 from capsnb.baselines.capsnet import CapsNet, CapsNetSettings, train_capsnet
-from capsnb.baselines.capsule_network import LARGEST
+from capsnb.baselines.capsule_network import LARGEST, in_frame
 from capsnb.baselines.matrix_capsules import LARGE, SHORT, EMRouting, EMRoutingSettings, train_em_routing
 from capsnb.baselines.rbm import DigitRBM, DigitRBMSettings, train_digit_rbm
-from capsnb.baselines.sparse_capsules import SparseCapsules, SparseCapsulesSettings, train_sparse_capsules
+from capsnb.baselines.sparse_capsules import (
+    DENSE,
+    DENSE_FRAMES,
+    FRAMES,
+    SparseCapsules,
+    SparseCapsulesSettings,
+    train_sparse_capsules,
+)
 from capsnb.baselines.vae import VAE, VAESettings, train_vae
 from capsnb.checks import require_labels
 from capsnb.classifier import Classifier, ClassifierSettings, train_classifier
@@ -55,6 +62,11 @@ class System(NamedTuple):
         return next(iter(self.presets.values()))
 
 
+def _seen(network: SparseCapsules, images: Tensor, *labels: Tensor) -> tuple[Tensor, ...]:
+    """The images in the frames of the network, and the labels."""
+    return in_frame(images, network.settings.size), *labels
+
+
 SYSTEMS = {
     "rbm": System(
         "restricted Boltzmann machine, by persistent contrastive divergence; about 6 minutes of a core",
@@ -81,11 +93,13 @@ SYSTEMS = {
         labels=True,
     ),
     "sparse-capsules": System(
-        "sparse unsupervised capsules, or dense ones; about 2 hours of a core",
-        {"sparse": SparseCapsulesSettings(), "dense": SparseCapsulesSettings(gamma=0.0)},
+        "sparse unsupervised capsules, or dense ones; about 2 hours of a core; 1 in frames of 40 x 40",
+        {"sparse": SparseCapsulesSettings(), "dense": DENSE, "sparse-frames": FRAMES, "dense-frames": DENSE_FRAMES},
         SparseCapsules,
-        train_sparse_capsules,
-        lambda network, train, test, rng: measures.measure_sparse_capsules(network, train, test),
+        lambda network, images, **options: train_sparse_capsules(network, *_seen(network, images), **options),
+        lambda network, train, test, rng: measures.measure_sparse_capsules(
+            network, _seen(network, *train), _seen(network, *test)
+        ),
         filters=LARGEST,
     ),
     "vae": System(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -99,7 +99,7 @@ class Views:
         rows = runs.Encoded(self.model, images)
         return torch.cat([squash(rows[part]).half() for part in torch.arange(len(images)).split(500)])
 
-    def keep(self, key: tuple[str, str], make: Callable[[], Tensor]) -> Tensor:
+    def keep(self, key: tuple[str, str], make: Callable[[], Any]) -> Any:
         """What ``make`` gave for ``key`` when first asked."""
         if key not in self.kept:
             self.kept[key] = make()

@@ -1,16 +1,21 @@
 """Unsupervised capsules, sparse and dense: the figures and the table of Rawlinson2018.
 
-    python -m capsnb train --system sparse-capsules --preset dense --dataset mnist --out runs/dense
+    for preset in dense sparse-frames dense-frames; do
+        python -m capsnb train --system sparse-capsules --preset $preset --dataset mnist --out runs/$preset; done
     python -m capsnb export runs/dense runs/dense.safetensors
     python -m experiments.unsupervised_capsules capsnb/weights/{sparse-capsules,capsnet}-mnist.safetensors \\
-        runs/dense.safetensors --out capsnb/results/unsupervised-capsules.json
+        runs/dense.safetensors runs/{sparse,dense}-frames/model.safetensors \\
+        --out capsnb/results/unsupervised-capsules.json
 
-Each file, with the metrics beside it, gives an entry: "sparse", "dense", or "capsnet", of which there is the support of
-its capsules alone (figure 3). The other two have what "metrics" has of the test images; "table_1", the accuracies of
-``affine_mnist`` on digits centred by their mass, with the capsules as they are "unmasked" and, of the sparse network,
-"masked"; and "read_alone", how often the shipped classifier reads rightly what each capsule alone, without a mask,
-draws of the first 1,000 images. Their pictures are in the safetensors file, of 8 bits, all of the first test image of
-some classes, "images":
+Each file gives an entry. Of "capsnet" there is the support of its capsules alone (figure 3). "sparse" and "dense" have
+what the metrics beside the file have of the test images; "read_alone", how often the shipped classifier reads rightly
+what each capsule alone, without a mask, draws of the first 1,000 images; and "table_1", the accuracies of
+``affine_mnist`` on digits centred by their mass, with the capsules as they are, "unmasked", and, of the sparse network,
+"masked". "sparse-frames" and "dense-frames", networks of 40 x 40 pixels, have their table of digits where they lie, and
+the squared errors of its test digits, "centred" and "affine".
+
+The pictures of the first two are in the safetensors file, of 8 bits, all of the first test image of some classes,
+"images":
 
     NAME/whole     reconstructions from all capsules
     NAME/alone     from each capsule alone, [image, capsule, ..]
@@ -18,6 +23,7 @@ some classes, "images":
     NAME/without   from all capsules but one
     NAME/moved     with ``AMOUNTS`` added to each number of the longest capsule, [image, number, amount, ..]
 
+Of the other two there are the first affine test digits, "NAME/frames", and their reconstructions, "NAME/whole".
 A finished entry is written at once, and kept when the command runs again with the same file.
 """
 
@@ -30,9 +36,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from capsnb import checkpoints, data, systems
+from capsnb.affine_mnist import SIZE
 from capsnb.baselines.capsnet import winners
-from capsnb.baselines.capsule_network import CapsuleNetwork
-from capsnb.baselines.sparse_capsules import SparseCapsules
+from capsnb.baselines.capsule_network import CapsuleNetwork, squared_error
+from capsnb.baselines.sparse_capsules import Latent, SparseCapsules
 from capsnb.classifier import load_classifier
 from capsnb.evaluation import ranks
 from capsnb.sampling import one_at_a_time
@@ -45,6 +52,7 @@ from experiments.results import Results
 AMOUNTS = tuple(round(0.2 * step, 1) for step in range(-5, 6))  # added to a number; their figure 5
 READ = 1000  # images for "read_alone"
 SHOWN = slice(0, None, 3)  # of the ten classes
+FRAMES = 12  # shown with their reconstructions
 
 
 class Entries(Results):
@@ -55,9 +63,9 @@ class Entries(Results):
 
 def name_of(network: CapsuleNetwork) -> str:
     """What the entry of a network is called."""
-    if isinstance(network, SparseCapsules):
-        return "sparse" if network.settings.gamma else "dense"
-    return "capsnet"
+    if not isinstance(network, SparseCapsules):
+        return "capsnet"
+    return ("sparse" if network.settings.gamma else "dense") + ("-frames" if network.settings.size == SIZE else "")
 
 
 def supports(network: CapsuleNetwork, images: Float[Tensor, "B 1 28 28"]) -> Float[Tensor, "B J"]:
@@ -91,25 +99,52 @@ def read_alone(network: SparseCapsules, images: Float[Tensor, "B 1 28 28"], labe
     return [(found == labels).float().mean().item() for found in read]
 
 
-def table_1(network: SparseCapsules, views: Views) -> dict[str, dict]:
-    """The accuracies with capsules as they are and, where there is a mask, with masked ones."""
-    ways = {"unmasked": lambda images: network.latent(images).capsules}
-    ways |= {"masked": network.encode} if network.settings.gamma else {}
-    return {
-        way: measure(lambda name, encode=encode: in_parts(encode, views.images("mass", name)), views.sets)
-        for way, encode in ways.items()
-    }
+class Seen:
+    """The sets of ``affine_mnist`` as a network sees them, each encoded once."""
+
+    def __init__(self, network: SparseCapsules, found: Results):
+        torch.manual_seed(found.seed)
+        self.network, self.views = network, Views(framed(found.quick, found.seed), found.quick, found.seed)
+
+    def images(self, name: str) -> Float[Tensor, "N 1 H W"]:
+        """Whole frames if the network sees these, else windows about the centres of mass."""
+        return self.views.images("frame" if self.network.settings.size == SIZE else "mass", name)
+
+    def latent(self, name: str) -> Latent:
+        return self.views.keep(("latent", name), lambda: self.network.latent(self.images(name)))
+
+    def unmasked(self, name: str) -> Float[Tensor, "N J d"]:
+        return self.latent(name).capsules
+
+    def masked(self, name: str) -> Float[Tensor, "N J d"]:
+        return self.network.masked(self.latent(name))
+
+    def table_1(self) -> dict[str, dict]:
+        """The accuracies with capsules as they are and, where there is a mask, with masked ones."""
+        ways = {"unmasked": self.unmasked} | ({"masked": self.masked} if self.network.settings.gamma else {})
+        return {way: measure(code, self.views.sets) for way, code in ways.items()}
+
+    def reconstructions(self, name: str) -> Float[Tensor, "N 1 H W"]:
+        """What the decoder makes of the masked capsules."""
+        return in_parts(self.network.decode, self.masked(name))
+
+    def error(self, name: str) -> float:
+        """The mean squared error of the reconstructions."""
+        return squared_error(self.reconstructions(name), self.images(name)).mean().item()
 
 
 def entry(path: Path, network: CapsuleNetwork, images: Tensor, labels: Tensor, found: Entries) -> tuple[dict, dict]:
     """The record of the network in ``path``, and its pictures."""
     if not isinstance(network, SparseCapsules):
         return {"support": ranks(supports(network, images))}, {}
-    torch.manual_seed(found.seed)
-    views = Views(framed(found.quick, found.seed), found.quick, found.seed)
+    seen = Seen(network, found)
+    if network.settings.size == SIZE:
+        record = {"squared_error": {"centred": seen.error("plain test"), "affine": seen.error("affine test")}}
+        drawn = {"frames": seen.images("affine test"), "whole": seen.reconstructions("affine test")}
+        return record | {"table_1": seen.table_1()}, {key: as_bytes(each[:FRAMES]) for key, each in drawn.items()}
     metrics = checkpoints.read_json(path.with_suffix(".metrics.json"))["test"]
     record = {"metrics": metrics, "read_alone": read_alone(network, images[:READ], labels[:READ])}
-    record |= {"table_1": table_1(network, views)}
+    record |= {"table_1": seen.table_1()}
     return record, pictures(network, images[one_of_each_class(labels)[SHOWN]])
 
 

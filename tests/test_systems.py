@@ -21,11 +21,13 @@ from capsnb.systems import SYSTEMS
 
 CAPSULES = {"channels": 3, "types": 2, "primary_dim": 3, "dim": 5, "first_hidden": 7, "second_hidden": 11, "batch": 11}
 SPARSE = SparseCapsulesSettings(capsules=7, boost_every=3, **CAPSULES)
+UNSUPERVISED = {"sparse": SPARSE, "dense": replace(SPARSE, gamma=0.0)}
+FRAMES = {f"{name}-frames": replace(settings, size=40, stride=4) for name, settings in UNSUPERVISED.items()}
 SMALL = {
     "rbm": {"default": DigitRBMSettings(hidden=5, batch=11)},
     "capsnet": {"default": CapsNetSettings(**CAPSULES)},
     "em-routing": {"short": EMRoutingSettings(filters=7, primary=2, first=3, second=5, batch=11, margin_updates=10)},
-    "sparse-capsules": {"sparse": SPARSE, "dense": replace(SPARSE, gamma=0.0)},
+    "sparse-capsules": UNSUPERVISED | FRAMES,
     "vae": {"default": VAESettings(latent=3, channels=5, batch=11)},
     "classifier": {"default": ClassifierSettings(first_channels=3, channels=5, features=7, batch=11)},
 }
@@ -138,6 +140,16 @@ def test_the_dense_capsules_are_the_sparse_ones_without_their_mask(train, tmp_pa
     assert settings["gamma"] == 0 and settings == asdict(replace(SPARSE, gamma=0.0, epochs=1.5))
     presets = SYSTEMS["sparse-capsules"].presets
     assert presets["dense"] == replace(presets["sparse"], gamma=0.0)
+
+
+@pytest.mark.parametrize("mask", ["sparse", "dense"])
+def test_a_preset_for_affine_mnist_learns_from_and_is_measured_on_digits_in_its_frames(mask, train, tmp_path):
+    assert train("sparse-capsules", "--preset", f"{mask}-frames", "--out", tmp_path / "run") == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "small.safetensors")]) == 0
+    _, network = systems.load(tmp_path / "small.safetensors")
+    assert network.encode(torch.zeros(3, 1, 40, 40)).shape == (3, 7, 5)
+    presets = SYSTEMS["sparse-capsules"].presets
+    assert presets[f"{mask}-frames"] == replace(presets[mask], size=40, stride=4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

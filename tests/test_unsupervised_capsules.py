@@ -1,6 +1,7 @@
 """The experiment on unsupervised capsules: what it moves and draws, and its files."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -9,15 +10,18 @@ from torch.testing import assert_close
 
 from capsnb import checkpoints
 from capsnb.baselines.capsnet import CapsNet, CapsNetSettings
+from capsnb.baselines.capsule_network import in_frame
 from capsnb.baselines.sparse_capsules import SparseCapsules, SparseCapsulesSettings
 from capsnb.sparsity import support
 from experiments import affine_mnist, unsupervised_capsules
-from experiments.unsupervised_capsules import AMOUNTS, main, moved, name_of, pictures, read_alone, supports
+from experiments.unsupervised_capsules import AMOUNTS, Seen, main, moved, name_of, pictures, read_alone, supports
 
 SMALL = {"channels": 7, "types": 3, "dim": 5, "first_hidden": 11, "second_hidden": 13}
 FILES = {
     "sparse": (SparseCapsules, SparseCapsulesSettings(**SMALL, capsules=6)),
     "dense": (SparseCapsules, SparseCapsulesSettings(**SMALL, capsules=6, gamma=0.0)),
+    "sparse-frames": (SparseCapsules, SparseCapsulesSettings(**SMALL, capsules=6, size=40, stride=4)),
+    "dense-frames": (SparseCapsules, SparseCapsulesSettings(**SMALL, capsules=6, size=40, stride=4, gamma=0.0)),
     "capsnet": (CapsNet, CapsNetSettings(**SMALL)),
 }
 
@@ -78,25 +82,47 @@ def test_a_capsule_is_read_by_what_it_draws_alone_and_unmasked(digits, monkeypat
 
 @pytest.mark.parametrize("name", FILES)
 def test_names_and_supports_are_those_of_the_network(name, digits):
-    made, images = network(name), digits[0][:3]
+    made = network(name)
+    images = in_frame(digits[0][:3], made.settings.size)
     assert name_of(made) == name
     assert_close(supports(made, images), support(made.route(images).coupling.detach(), 36))
 
 
+@pytest.mark.parametrize("name, where", [("sparse", "mass"), ("sparse-frames", "frame"), ("dense-frames", "frame")])
+def test_a_table_is_of_whole_frames_or_of_windows_about_the_mass_as_the_network_sees(name, where, few, monkeypatch):
+    made = network(name)
+    monkeypatch.setattr(unsupervised_capsules, "measure", lambda code, sets: {key: code(key) for key in sets})
+    seen = Seen(made, Namespace(quick=True, seed=0))
+    asked = seen.table_1()
+    for key in ("affine", "affine test", "plain"):
+        images = seen.views.images(where, key)
+        assert_close(asked["unmasked"][key], made.latent(images).capsules)
+        assert_close(asked.get("masked", asked["unmasked"])[key], made.encode(images))
+        drawn = made.decode(made.encode(images))
+        assert_close(seen.reconstructions(key), drawn)
+        assert seen.error(key) == pytest.approx((drawn - images).square().sum().item() / len(images), rel=1e-5)
+
+
 @pytest.fixture
-def weights(tmp_path, monkeypatch, digits):
-    """Files of small networks, with what stands for their metrics, and few digits."""
+def few(monkeypatch, digits):
+    """Few digits."""
     part = {"train": slice(0, 59), "test": slice(59, 146)}
     for module in (affine_mnist, unsupervised_capsules):
         monkeypatch.setattr(module.data, "load", lambda name, split, sample: [each[part[split]] for each in digits])
     monkeypatch.setattr(affine_mnist, "QUICK_CLASSIFIED", 53)
     monkeypatch.setattr(affine_mnist, "QUICK_ALONE", 7)
     monkeypatch.setattr(affine_mnist, "FEW", (31,))
+
+
+@pytest.fixture
+def weights(tmp_path, few):
+    """Files of small networks, with what stands for their metrics, and few digits."""
     for name, (_, settings) in FILES.items():
         system = "capsnet" if name == "capsnet" else "sparse-capsules"
         facts = {"settings": vars(replace(settings)), "system": system}
         checkpoints.write(tmp_path / f"{name}.safetensors", network(name).state_dict(), **facts)
-        checkpoints.write_json(tmp_path / f"{name}.metrics.json", {"test": {"purity": 0.5}})
+        if "frames" not in name:
+            checkpoints.write_json(tmp_path / f"{name}.metrics.json", {"test": {"purity": 0.5}})
     return [str(tmp_path / f"{name}.safetensors") for name in FILES]
 
 
@@ -104,14 +130,18 @@ def test_a_quick_run_writes_an_entry_for_every_file_and_a_second_one_only_what_l
     out = tmp_path / "found.json"
     main([*weights, "--quick", "--out", str(out)])
     entries = json.loads(out.read_text())["entries"]
-    assert list(entries) == ["sparse", "dense", "capsnet"] and set(entries["capsnet"]) == {"weights", "support"}
-    assert [set(entries[name]["table_1"]) for name in ("sparse", "dense")] == [{"masked", "unmasked"}, {"unmasked"}]
+    assert list(entries) == list(FILES) and set(entries["capsnet"]) == {"weights", "support"}
+    for size in ("", "-frames"):
+        assert set(entries["sparse" + size]["table_1"]) == {"masked", "unmasked"}
+        assert set(entries["dense" + size]["table_1"]) == {"unmasked"}
     masked, unmasked = (entries["sparse"]["table_1"][way] for way in ("masked", "unmasked"))
     assert masked["numbers"] == unmasked["numbers"] == 30 and masked["gamma"] != unmasked["gamma"]
     assert entries["dense"]["metrics"] == {"purity": 0.5} and len(entries["dense"]["read_alone"]) == 6
     arrays = checkpoints.read(out.with_suffix(".safetensors"))[0]
     keys = ("whole", "alone", "unmasked", "without", "moved")
     parts = {f"{name}/{key}" for name in ("sparse", "dense") for key in keys}
+    parts |= {f"{name}-frames/{key}" for name in ("sparse", "dense") for key in ("frames", "whole")}
+    assert arrays["sparse-frames/frames"].shape == arrays["dense-frames/whole"].shape == (12, 40, 40)
     assert set(arrays) == parts | {"images"} and len(arrays["images"]) == len(arrays["dense/whole"]) == 4
     monkeypatch.setattr(unsupervised_capsules, "entry", None)
     main([*weights, "--quick", "--out", str(out)])

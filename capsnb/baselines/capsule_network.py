@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from capsnb.capsules import squash, to_capsules
 from capsnb.checks import require_images
@@ -25,6 +26,7 @@ class NetworkSettings:
     """The network and its training; what has no comment is Sabour2017's."""
 
     size: int = 28  # pixels across an image
+    stride: int = 2  # of the second convolution
     channels: int = 256
     types: int = 32  # of primary capsules, at every position
     primary_dim: int = 8
@@ -46,9 +48,9 @@ class CapsuleNetwork(nn.Module):
         super().__init__()
         self.settings, primary = settings, settings.types * settings.primary_dim
         first = nn.Conv2d(1, settings.channels, _FILTER)
-        second = nn.Conv2d(settings.channels, primary, _FILTER, stride=2)
+        second = nn.Conv2d(settings.channels, primary, _FILTER, stride=settings.stride)
         self.convolutions = nn.Sequential(first, nn.ReLU(), second).to(memory_format=torch.channels_last)
-        self.positions = ((settings.size - 2 * _FILTER + 1) // 2 + 1) ** 2  # of primary capsules
+        self.positions = ((settings.size - 2 * _FILTER + 1) // settings.stride + 1) ** 2  # of primary capsules
         shape = self.positions * settings.types, capsules, settings.dim, settings.primary_dim
         self.W = nn.Parameter(settings.initial_deviation * torch.randn(shape))
         self.decoder = decoder(capsules, settings)
@@ -86,6 +88,11 @@ def route_with_gradient(x: Float[Tensor, "B I e"], W: Float[Tensor, "I J d e"], 
         with torch.no_grad():
             coupling = route(x, W, rounds=rounds, over="upper", agreement="inner").coupling
         return Routing(coupling, forward_map(x, W, coupling))
+
+
+def in_frame(images: Float[Tensor, "B 1 h w"], size: int) -> Float[Tensor, "B 1 size size"]:
+    """Images in the middle of empty frames of ``size`` pixels; larger ones stay as they are."""
+    return F.pad(images, [max(size - images.shape[-1], 0) // 2] * 4)
 
 
 def squared_error(found: Float[Tensor, "B 1 H W"], images: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B"]:

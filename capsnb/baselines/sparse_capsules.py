@@ -14,7 +14,7 @@ running frequency starts from the first batch, of which the paper says nothing; 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +49,11 @@ class SparseCapsulesSettings(NetworkSettings):
     running: float = 0.99  # alpha, memory of the frequencies
     lowest: float = 0.04  # mu_min: a capsule that comes first more seldom is boosted
     highest: float = 0.1  # mu_max: the boost of one that comes first more often is taken back
+
+
+DENSE = SparseCapsulesSettings(gamma=0.0)
+FRAMES = SparseCapsulesSettings(size=40, shift=6, stride=4, epochs=6.0)  # for affine MNIST; stride and epochs are ours
+DENSE_FRAMES = replace(FRAMES, gamma=0.0)
 
 
 class Latent(NamedTuple):

@@ -9,7 +9,13 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch.testing import assert_close
 
-from capsnb.baselines.capsule_network import CapsuleNetwork, NetworkSettings, route_with_gradient, squared_error
+from capsnb.baselines.capsule_network import (
+    CapsuleNetwork,
+    NetworkSettings,
+    in_frame,
+    route_with_gradient,
+    squared_error,
+)
 from capsnb.capsules import squash
 
 SMALL = NetworkSettings(channels=3, types=2, primary_dim=3, dim=5, first_hidden=7, second_hidden=11, shift=0)
@@ -38,12 +44,13 @@ def test_the_gradient_is_that_of_the_last_round_with_its_couplings_as_constants(
     assert_close(found, torch.autograd.grad(squash(z), (x, W), upstream))
 
 
-def test_primary_capsules_are_two_layers_of_filters_written_as_sums(digits):
-    network, images = small().double(), digits[0][:2].double()
+@pytest.mark.parametrize("size, stride", [(28, 2), (40, 4)])
+def test_primary_capsules_are_two_layers_of_filters_written_as_sums(digits, size, stride):
+    network, images = small(size=size, stride=stride).double(), in_frame(digits[0][:2].double(), size)
     parameters = {name: tensor.detach().numpy() for name, tensor in network.convolutions.named_parameters()}
     windows = sliding_window_view(images[:, 0].numpy(), (9, 9), axis=(1, 2))
     first = np.einsum("byxuv,cuv->bcyx", windows, parameters["0.weight"][:, 0]) + parameters["0.bias"][:, None, None]
-    windows = sliding_window_view(np.maximum(first, 0), (9, 9), axis=(2, 3))[:, :, ::2, ::2]
+    windows = sliding_window_view(np.maximum(first, 0), (9, 9), axis=(2, 3))[:, :, ::stride, ::stride]
     second = np.einsum("bcyxuv,kcuv->bkyx", windows, parameters["2.weight"]) + parameters["2.bias"][:, None, None]
     found = network.lower_capsules(images).double()
     for image in range(2):
@@ -58,6 +65,14 @@ def test_images_in_parts_have_the_capsules_of_images_together(digits, monkeypatc
     together = network.encode(digits[0][:17])
     monkeypatch.setattr("capsnb.baselines.capsule_network.PART", 5)
     assert_close(network.encode(digits[0][:17]), together)
+
+
+def test_a_frame_is_empty_about_the_image_and_larger_images_stay_as_they_are(double):
+    images = double(3, 1, 28, 28)
+    found = in_frame(images, 40)
+    assert_close(found[:, :, 6:34, 6:34], images)
+    assert found.shape == (3, 1, 40, 40) and found.ne(0).sum() == images.ne(0).sum()
+    assert_close(in_frame(images, 20), images)
 
 
 def test_the_squared_error_is_a_sum_over_pixels(double):

@@ -11,6 +11,8 @@ from torch.testing import assert_close
 from capsnb import checkpoints, data
 from capsnb.baselines.capsule_network import squared_error
 from capsnb.baselines.sparse_capsules import (
+    DENSE_FRAMES,
+    FRAMES,
     SHIPPED,
     Latent,
     Lifetime,
@@ -45,6 +47,13 @@ def test_the_network_has_the_sizes_of_the_paper():
     network = SparseCapsules()
     assert network.W.shape == (32 * 6 * 6, 16, 16, 8)
     assert sum(tensor.numel() for tensor in network.parameters()) == 9_149_456
+
+
+@pytest.mark.parametrize("settings", [FRAMES, DENSE_FRAMES])
+def test_the_networks_for_affine_mnist_have_as_many_primary_capsules(settings):
+    network = SparseCapsules(settings)
+    assert network.W.shape == (32 * 6 * 6, 16, 16, 8) and network.positions == 36
+    assert settings.size - 28 == 2 * settings.shift  # a digit moved by the most touches the border
 
 
 def test_latent_capsules_and_their_support_are_routed_and_summed_as_in_loops(digits):
