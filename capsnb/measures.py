@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from capsnb.baselines.capsnet import CapsNet, winners
+from capsnb.baselines.capsnet import CapsNet
 from capsnb.baselines.capsule_network import squared_error
 from capsnb.baselines.matrix_capsules import EMRouting
 from capsnb.baselines.rbm import RBM, binarise, free_energy, hidden_probability, new_rbm, visible_probability
 from capsnb.baselines.sparse_capsules import SparseCapsules
 from capsnb.baselines.vae import VAE, divergence
 from capsnb.classifier import Classifier
-from capsnb.evaluation import linear_probe, ranks, winner_measures
+from capsnb.evaluation import linear_probe, ranks, winner, winner_measures
 from capsnb.likelihood import anneal_rbm, independent_pixels, ladder, log_mean
 from capsnb.quality import CONFIDENT
 
@@ -50,7 +50,7 @@ def measure_capsnet(capsnet: CapsNet, images: Tensor, labels: Tensor) -> dict:
     """The share of images whose longest capsule is the wrong one, and the squared error of what that one makes."""
     capsules = capsnet.encode(images)
     squares = squared_error(capsnet.reconstruct(capsules), images).mean().item()
-    return _mistakes(winners(capsules), labels) | {"squared_error": squares}
+    return _mistakes(winner(capsules), labels) | {"squared_error": squares}
 
 
 def measure_em_routing(network: EMRouting, images: Tensor, labels: Tensor) -> dict:

@@ -61,15 +61,22 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return content.hexdigest()[:16]
 
 
+def of_files(*paths: Path) -> str:
+    """Sixteen letters that change when any of the files does."""
+    content = hashlib.sha256()
+    for path in paths:
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
+
+
 def fingerprint(*names: str) -> str:
     """What changes when a weight file of ``names`` does, or one that it shares a stage with."""
-    digest = hashlib.sha256()
+    paths = []
     for name in names:
         path = WEIGHTS / f"{name}.safetensors"
         shared = checkpoints.read(path)[1].get("autoencoder")
-        for file in (path, path.with_name(shared)) if shared else (path,):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+        paths += [path, path.with_name(shared)] if shared else [path]
+    return of_files(*paths)
 
 
 def command_line(

@@ -28,7 +28,6 @@ A finished entry is written at once, and kept when the command runs again with t
 """
 
 import argparse
-import hashlib
 from pathlib import Path
 
 import torch
@@ -37,17 +36,16 @@ from torch import Tensor
 
 from capsnb import checkpoints, data, systems
 from capsnb.affine_mnist import SIZE
-from capsnb.baselines.capsnet import winners
 from capsnb.baselines.capsule_network import CapsuleNetwork, squared_error
 from capsnb.baselines.sparse_capsules import Latent, SparseCapsules
 from capsnb.classifier import load_classifier
-from capsnb.evaluation import ranks
+from capsnb.evaluation import ranks, winner
 from capsnb.sampling import one_at_a_time
 from capsnb.sparsity import support
 from experiments.affine_codes import Views
 from experiments.affine_mnist import framed, measure
 from experiments.common import as_bytes, in_parts, one_of_each_class
-from experiments.results import Results
+from experiments.results import Results, of_files
 
 AMOUNTS = tuple(round(0.2 * step, 1) for step in range(-5, 6))  # added to a number; their figure 5
 READ = 1000  # images for "read_alone"
@@ -88,7 +86,7 @@ def moved(capsules: Float[Tensor, "B J d"]) -> Float[Tensor, "B d amounts J d"]:
     count, dim = len(capsules), capsules.shape[2]
     steps = torch.tensor(AMOUNTS).view(1, -1, 1) * torch.eye(dim).unsqueeze(1)  # [number, amount, d]
     layers = capsules[:, None, None].repeat(1, dim, len(AMOUNTS), 1, 1)
-    layers[torch.arange(count), :, :, winners(capsules)] += steps
+    layers[torch.arange(count), :, :, winner(capsules)] += steps
     return layers
 
 
@@ -153,7 +151,7 @@ def run(paths: list[Path], found: Entries) -> None:
     images, labels = data.load("mnist", "test", sample=found.quick)
     for path in paths:
         network = systems.load(path)[1]
-        name, digest = name_of(network), hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        name, digest = name_of(network), of_files(path)
         if found.content["entries"].get(name, {}).get("weights") != digest:
             record, drawn = entry(path, network, images, labels, found)
             arrays = {f"{name}/{key}": each for key, each in drawn.items()}

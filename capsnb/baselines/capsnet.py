@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from capsnb.baselines.capsule_network import CapsuleNetwork, NetworkSettings, squared_error
 from capsnb.checks import require_images
 from capsnb.classifier import shift_at_random
-from capsnb.evaluation import CLASSES
+from capsnb.evaluation import CLASSES, winner
 from capsnb.pretrained import WEIGHTS, load_network
 from capsnb.training import Step, adam, minimise
 
@@ -51,24 +51,19 @@ class CapsNet(CapsuleNetwork):
         self, capsules: Float[Tensor, "B J d"], classes: Int[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B 1 H W"]:
         """What the capsule of one class says of every image; without ``classes``, the longest capsule."""
-        return self.decode(mask(capsules, winners(capsules) if classes is None else classes))
+        return self.decode(mask(capsules, winner(capsules) if classes is None else classes))
 
     def perturb(
         self, capsules: Float[Tensor, "B J d"], number: int, amounts: tuple[float, ...] = PERTURBATIONS
     ) -> Float[Tensor, "B amounts 1 H W"]:
         """Reconstructions by the longest capsule with ``amounts`` added to one of its numbers.  Sabour2017, fig. 4."""
-        found = winners(capsules)
+        found = winner(capsules)
         return torch.stack([self.reconstruct(added(capsules, number, amount), found) for amount in amounts], dim=1)
 
 
 def class_lengths(capsules: Float[Tensor, "B J d"]) -> Float[Tensor, "B J"]:
     """How surely every class is there, in [0, 1): the length of its capsule."""
     return torch.linalg.vector_norm(capsules, dim=2)
-
-
-def winners(capsules: Float[Tensor, "B J d"]) -> Int[Tensor, "B"]:
-    """The class of the longest capsule of every image."""
-    return class_lengths(capsules).argmax(1)
 
 
 def mask(capsules: Float[Tensor, "B J d"], classes: Int[Tensor, "B"]) -> Float[Tensor, "B J d"]:

@@ -17,11 +17,10 @@ from capsnb.baselines.capsnet import (
     margin_loss,
     mask,
     train_capsnet,
-    winners,
 )
 from capsnb.baselines.capsule_network import route_with_gradient
 from capsnb.capsules import squash
-from capsnb.evaluation import CLASSES
+from capsnb.evaluation import CLASSES, winner
 
 SMALL = CapsNetSettings(
     channels=3, types=2, primary_dim=3, dim=5, first_hidden=7, second_hidden=11, shift=0, epochs=1.0, batch=11
@@ -94,7 +93,7 @@ def test_a_reconstruction_sees_the_capsule_of_its_class_alone(double):
 def test_without_classes_the_longest_capsule_reconstructs(double):
     network, capsules = small().eval(), squash(double(11, CLASSES, 5)).float()
     longest = torch.tensor([max(range(CLASSES), key=lambda j: image[j].norm()) for image in capsules])
-    assert torch.equal(winners(capsules), longest)
+    assert torch.equal(winner(capsules), longest)
     assert_close(network.reconstruct(capsules), network.reconstruct(capsules, longest))
 
 
@@ -193,7 +192,7 @@ def test_a_file_that_is_not_there_says_so(tmp_path):
 
 def test_the_shipped_capsnet_reads_the_shipped_digits_and_its_measures_lie_beside_it():
     images, labels = data.load("mnist", "test", sample=True)
-    wrong = (winners(load_capsnet().encode(images)) != labels).sum()
+    wrong = (winner(load_capsnet().encode(images)) != labels).sum()
     metrics = checkpoints.read_json(SHIPPED.with_suffix(".metrics.json"))
     assert wrong <= 10
     assert not metrics["quick"] and metrics["images"] == 60_000 and metrics["test"]["images"] == 10_000
