@@ -3,8 +3,8 @@
 Axes: primary capsules i (I of them, e numbers each), latent capsules j (J of them, d numbers each; the paper's L).
 
 Where the paper can be read in two ways:
-- Eq. 5 divides by K·J, K being the batch. Then the frequencies of all capsules would sum to 1/J, and all would stay
-  below the wanted range; here they sum to 1, as in the authors' code.
+- Eq. 5 divides by K·J, K being the batch. Then the frequencies of all capsules would sum to 1/J, and nearly all would
+  stay below the wanted range; here they sum to 1, as in the authors' code.
 - Eq. 4's v' is said to be what classifies, and (section 2.3) masks to affect training alone. ``encode`` gives v',
   ``latent`` gives v, which is what the authors' code hands to its classifier.
 
