@@ -96,9 +96,14 @@ def protocols(
     }
 
 
+def in_frame(images: Float[Tensor, "B 1 h w"], size: int = SIZE) -> Float[Tensor, "B 1 size size"]:
+    """Images in the middle of empty frames of ``size`` pixels; larger ones stay as they are."""
+    return F.pad(images, [max(size - images.shape[-1], 0) // 2] * 4)
+
+
 def centre(digits: Digits, labels: Int[Tensor, "B"]) -> FramedDigits:
     """Every 28 x 28 image in the middle of an empty frame."""
-    return FramedDigits(F.pad(digits, [MARGIN] * 4), labels, CENTRED)
+    return FramedDigits(in_frame(digits), labels, CENTRED)
 
 
 def place(digits: Digits, labels: Int[Tensor, "B"], *, rng: torch.Generator) -> FramedDigits:
@@ -154,7 +159,7 @@ def transform(digits: Digits, maps: Float[Tensor, "B 2 2"], moves: Float[Tensor,
     """The digits mapped about the middle of their images, then moved (across, down) by ``moves`` pixels."""
     back = torch.linalg.inv(maps)
     start = -back @ moves[..., None] * 2 / SIZE
-    return look_through(F.pad(digits, [MARGIN] * 4), torch.cat([back, start], dim=2))
+    return look_through(in_frame(digits), torch.cat([back, start], dim=2))
 
 
 def load_original(folder: str | Path, split: str, *, batches: int = 1) -> FramedDigits:

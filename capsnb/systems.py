@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from capsnb import checkpoints, data, distributed, measures, packing, runs
+from capsnb.affine_mnist import in_frame
 from capsnb.baselines.capsnet import CapsNet, CapsNetSettings, train_capsnet
-from capsnb.baselines.capsule_network import LARGEST, in_frame
+from capsnb.baselines.capsule_network import LARGEST
 from capsnb.baselines.matrix_capsules import LARGE, SHORT, EMRouting, EMRoutingSettings, train_em_routing
 from capsnb.baselines.rbm import DigitRBM, DigitRBMSettings, train_digit_rbm
 from capsnb.baselines.sparse_capsules import (

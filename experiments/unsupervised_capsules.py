@@ -124,7 +124,7 @@ class Seen:
 
     def reconstructions(self, name: str) -> Float[Tensor, "N 1 H W"]:
         """What the decoder makes of the masked capsules."""
-        return in_parts(self.network.decode, self.masked(name))
+        return self.views.keep(("whole", name), lambda: in_parts(self.network.decode, self.masked(name)))
 
     def error(self, name: str) -> float:
         """The mean squared error of the reconstructions."""
@@ -141,8 +141,8 @@ def entry(path: Path, network: CapsuleNetwork, images: Tensor, labels: Tensor, f
         drawn = {"frames": seen.images("affine test"), "whole": seen.reconstructions("affine test")}
         return record | {"table_1": seen.table_1()}, {key: as_bytes(each[:FRAMES]) for key, each in drawn.items()}
     metrics = checkpoints.read_json(path.with_suffix(".metrics.json"))["test"]
-    record = {"metrics": metrics, "read_alone": read_alone(network, images[:READ], labels[:READ])}
-    record |= {"table_1": seen.table_1()}
+    alone = read_alone(network, images[:READ], labels[:READ])
+    record = {"metrics": metrics, "read_alone": alone, "table_1": seen.table_1()}
     return record, pictures(network, images[one_of_each_class(labels)[SHOWN]])
 
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from capsnb import data
 from capsnb.affine import linear_maps
-from capsnb.affine_mnist import draw_maps, load_original, place, protocols, regenerate, room, transform
+from capsnb.affine_mnist import draw_maps, in_frame, load_original, place, protocols, regenerate, room, transform
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +236,11 @@ def test_files_of_another_kind_are_refused(originals):
     savemat(path, {"affNISTdata": {"image": np.zeros((784, 3)), "label_int": np.zeros((1, 3))}})
     with pytest.raises(ValueError, match=r"\(784, 3\) and 3 labels; expected \[1600, count\]"):
         load_original(originals[0], "test")
+
+
+def test_a_frame_is_empty_about_the_image_and_larger_images_stay_as_they_are(double):
+    images = double(3, 1, 28, 28)
+    found = in_frame(images, 40)
+    assert_close(found[:, :, 6:34, 6:34], images)
+    assert found.shape == (3, 1, 40, 40) and found.ne(0).sum() == images.ne(0).sum()
+    assert_close(in_frame(images, 20), images)

@@ -9,8 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from capsnb import checkpoints
+from capsnb.affine_mnist import in_frame
 from capsnb.baselines.capsnet import CapsNet, CapsNetSettings
-from capsnb.baselines.capsule_network import in_frame
 from capsnb.baselines.sparse_capsules import SparseCapsules, SparseCapsulesSettings
 from capsnb.sparsity import support
 from experiments import affine_mnist, unsupervised_capsules

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from capsnb.capsules import squash, to_capsules
 from capsnb.checks import require_images
@@ -88,11 +87,6 @@ def route_with_gradient(x: Float[Tensor, "B I e"], W: Float[Tensor, "I J d e"], 
         with torch.no_grad():
             coupling = route(x, W, rounds=rounds, over="upper", agreement="inner").coupling
         return Routing(coupling, forward_map(x, W, coupling))
-
-
-def in_frame(images: Float[Tensor, "B 1 h w"], size: int) -> Float[Tensor, "B 1 size size"]:
-    """Images in the middle of empty frames of ``size`` pixels; larger ones stay as they are."""
-    return F.pad(images, [max(size - images.shape[-1], 0) // 2] * 4)
 
 
 def squared_error(found: Float[Tensor, "B 1 H W"], images: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B"]:

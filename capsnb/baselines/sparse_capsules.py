@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsnb import distributed
+from capsnb.affine_mnist import MARGIN, SIZE
 from capsnb.baselines.capsule_network import PART, CapsuleNetwork, NetworkSettings, squared_error
 from capsnb.capsules import squash
 from capsnb.checks import require_images
@@ -52,7 +53,7 @@ class SparseCapsulesSettings(NetworkSettings):
 
 
 DENSE = SparseCapsulesSettings(gamma=0.0)
-FRAMES = SparseCapsulesSettings(size=40, shift=6, stride=4, epochs=6.0)  # for affine MNIST; stride and epochs are ours
+FRAMES = SparseCapsulesSettings(size=SIZE, shift=MARGIN, stride=4, epochs=6.0)  # stride and epochs are ours
 DENSE_FRAMES = replace(FRAMES, gamma=0.0)
 
 

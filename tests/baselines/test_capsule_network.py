@@ -9,13 +9,8 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch.testing import assert_close
 
-from capsnb.baselines.capsule_network import (
-    CapsuleNetwork,
-    NetworkSettings,
-    in_frame,
-    route_with_gradient,
-    squared_error,
-)
+from capsnb.affine_mnist import in_frame
+from capsnb.baselines.capsule_network import CapsuleNetwork, NetworkSettings, route_with_gradient, squared_error
 from capsnb.capsules import squash
 
 SMALL = NetworkSettings(channels=3, types=2, primary_dim=3, dim=5, first_hidden=7, second_hidden=11, shift=0)
@@ -65,14 +60,6 @@ def test_images_in_parts_have_the_capsules_of_images_together(digits, monkeypatc
     together = network.encode(digits[0][:17])
     monkeypatch.setattr("capsnb.baselines.capsule_network.PART", 5)
     assert_close(network.encode(digits[0][:17]), together)
-
-
-def test_a_frame_is_empty_about_the_image_and_larger_images_stay_as_they_are(double):
-    images = double(3, 1, 28, 28)
-    found = in_frame(images, 40)
-    assert_close(found[:, :, 6:34, 6:34], images)
-    assert found.shape == (3, 1, 40, 40) and found.ne(0).sum() == images.ne(0).sum()
-    assert_close(in_frame(images, 20), images)
 
 
 def test_the_squared_error_is_a_sum_over_pixels(double):
