@@ -24,5 +24,5 @@ def look_through(images: Float[Tensor, "B 1 h w"], maps: Float[Tensor, "B 2 3"])
 
     Both places count from the middle of the picture, in halves of its width and height. Zeros come in from outside.
     """
-    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    grid = F.affine_grid(maps.to(images), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)

@@ -78,14 +78,14 @@ def route_with_agreement(
     on = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if on is None else on
     if agreement == "cosine" and native.can_route(x, W, rounds, sharpness):
         return RoutingState(*native.route(x, on.to(x), W, rounds, over == "upper", sharpness))
-    chunk = _CHUNK if x.device.type == "cpu" else max(1, _VOTES_AT_ONCE // W[..., 0].numel())
+    chunk = _CHUNK if x.device.type == "cpu" else max(1, NUMBERS_AT_ONCE // W[..., 0].numel())
     parts = zip(x.split(chunk), on.split(chunk))
     last = [route_steps(part, W, on=here, **options)[-1] for part, here in parts]
     return RoutingState(*map(torch.cat, zip(*last)))
 
 
 _CHUNK = 16  # images whose votes are held at once: small enough for the processor's cache
-_VOTES_AT_ONCE = 2**28  # numbers, on an accelerator: 1 GiB in single precision
+NUMBERS_AT_ONCE = 2**28  # on an accelerator: 1 GiB in single precision
 
 
 def route_steps(
@@ -146,6 +146,8 @@ def forward_map(
 ) -> Float[Tensor, "B J d"]:
     """z_j = sum over i of c_ij W_ij x_i for given couplings.  Eq. 3; in Algorithm 1 "route capsules forward"."""
     lower, upper, d, e = W.shape
+    if x.device.type != "cpu":
+        return forward_at_once(x, W, coupling)
     if lower < upper:
         return _forward_by_lower(x, W, coupling)
     by_upper = zip(coupling.permute(2, 0, 1).contiguous(), _matrices(W))
@@ -178,15 +180,25 @@ def _forward_by_lower(x: Tensor, W: Tensor, coupling: Tensor) -> Tensor:
     return z
 
 
+def forward_at_once(x: Tensor, W: Tensor, coupling: Tensor) -> Tensor:
+    """``forward_map`` as few large products, for accelerators: they finish one sooner than they can begin twenty.
+
+    Nothing is left out, since to know what may be left out the processor would have to wait for the accelerator.
+    """
+    count = max(1, NUMBERS_AT_ONCE // max(1, x.numel()))  # of upper capsules
+    parts = zip(coupling.permute(2, 0, 1).split(count), _matrices(W).split(count))
+    return torch.cat([(c.unsqueeze(3) * x).flatten(2) @ matrices for c, matrices in parts]).transpose(0, 1)
+
+
 def _coupled(c: Float[Tensor, "B n"]) -> Tensor:
     """The numbers of the images with a coupling that is not zero."""
     return c.detach().abs().amax(1).nonzero()[:, 0]
 
 
-def _matrices(W: Float[Tensor, "I J d e"]) -> tuple[Tensor, ...]:
-    """One [I·e, d] matrix for each upper capsule."""
+def _matrices(W: Float[Tensor, "I J d e"]) -> Float[Tensor, "J Ie d"]:
+    """One matrix for each upper capsule."""
     lower, upper, d, e = W.shape
-    return W.permute(1, 0, 3, 2).reshape(upper, lower * e, d).unbind(0)
+    return W.permute(1, 0, 3, 2).reshape(upper, lower * e, d)
 
 
 def _check(x: Tensor, W: Tensor) -> None:

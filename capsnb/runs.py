@@ -69,7 +69,7 @@ def train(run: Run, images: Tensor, *, stages: tuple[int, ...] = STAGES, resume:
     metrics.setdefault("stages", {})
     torch.manual_seed(run.seed)
     model = ExpertCapsules(run.settings).to(run.device)
-    encoded = Encoded(model, images)
+    encoded = Encoded(model, images.to(run.device))
     for stage in STAGES[: max(stages)]:
         if finished := distributed.from_rank_0(lambda: _finished(run, stage)):
             getattr(model, _PARTS[stage]).load_state_dict(finished)
@@ -83,7 +83,7 @@ def train(run: Run, images: Tensor, *, stages: tuple[int, ...] = STAGES, resume:
 
 
 class Encoded:
-    """What stages 1 and 2 make of ``images``.
+    """What stages 1 and 2 make of ``images``, which lie where the model lies.
 
     Rows of it are stage 1's capsules z, [N, I, e], encoded whenever they are asked for: kept, they would take nearly
     six times the memory of the images.
@@ -101,9 +101,8 @@ class Encoded:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Stage 1's capsules of any ``images``, in half precision where the hardware has it."""
-        device = self.model.poses.mean.device
-        with training.autocast(device):
-            return self.model.lower_preactivations(images.to(device)).float()
+        with training.autocast(images.device):
+            return self.model.lower_preactivations(images).float()
 
     @property
     def lessons(self) -> training.Rows:

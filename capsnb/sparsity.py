@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from capsnb import distributed
 from capsnb.capsules import squash
+from capsnb.routing import NUMBERS_AT_ONCE
 from capsnb.settings import SparsitySettings
 
 
@@ -22,13 +23,14 @@ def explanation(x: Float[Tensor, "B I e"], W: Float[Tensor, "I J d e"]) -> Float
     lower, upper, d, e = W.shape
     x = x.transpose(1, 2).contiguous()  # [B, e, I], so that the sums over e below run along whole rows
     flat, cosines = x.flatten(1), []
-    for matrix in W.permute(1, 3, 0, 2).reshape(upper, e * lower, d):
-        z = (squash(flat @ matrix) @ matrix.T).view_as(x)
-        square = z.square().sum(1)
+    at_once = 1 if x.device.type == "cpu" else max(1, NUMBERS_AT_ONCE // max(1, x.numel()))  # upper capsules
+    for matrices in W.permute(1, 3, 0, 2).reshape(upper, e * lower, d).split(at_once):
+        z = (squash(flat @ matrices) @ matrices.mT).unflatten(2, (e, lower))  # [at once, B, e, I]
+        square = z.square().sum(2)
         squashed = square.clamp(min=1e-24).sqrt() / (1 + square)  # squash(z) is z times this
-        product, length = (squashed * (z * x).sum(1)).sum(1), (squashed.square() * square).sum(1)
+        product, length = (squashed * (z * x).sum(2)).sum(2), (squashed.square() * square).sum(2)
         cosines.append(product / length.clamp(min=1e-16).sqrt())
-    return torch.stack(cosines, dim=1) / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=1e-8)
+    return torch.cat(cosines).T / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=1e-8)
 
 
 def support(coupling: Float[Tensor, "B I J"], positions: int) -> Float[Tensor, "B J"]:

@@ -34,8 +34,9 @@ def k_subspaces(
 
 
 def _one_try(groups: Tensor, clusters: int, dim: int, sweeps: int, seed: int) -> Clusters:
-    means = groups.mean(1).numpy()
-    winner = torch.as_tensor(KMeans(clusters, n_init=1, random_state=seed).fit(means[:5000]).predict(means)).long()
+    means = groups.mean(1).cpu().numpy()
+    winner = torch.as_tensor(KMeans(clusters, n_init=1, random_state=seed).fit(means[:5000]).predict(means))
+    winner = winner.long().to(groups.device)
     for _ in range(sweeps):
         bases = torch.stack([_principal(groups[winner == k].flatten(0, 1), dim) for k in range(clusters)])
         explained = explained_by(groups, bases)
@@ -47,7 +48,8 @@ def _principal(vectors: Float[Tensor, "n D"], dim: int) -> Float[Tensor, "d D"]:
     """An orthonormal basis of the subspace nearest to ``vectors``; zeros if there are fewer than its dimensions."""
     if len(vectors) < dim:
         return vectors.new_zeros(dim, vectors.shape[1])
-    return torch.linalg.eigh(vectors.T @ vectors).eigenvectors[:, -dim:].T
+    gram = (vectors.T @ vectors).cpu()  # where one small decomposition after the other is fastest
+    return torch.linalg.eigh(gram).eigenvectors[:, -dim:].T.to(vectors)
 
 
 def explained_by(groups: Float[Tensor, "N V D"], bases: Float[Tensor, "K d D"]) -> Float[Tensor, "N K"]:

@@ -10,9 +10,12 @@ Several processes (see capsnb.distributed) share the rows of every batch and mak
 make of them. Only dropout and views differ: each process draws its own for its part of the batch.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -104,10 +107,9 @@ def start_from_subspaces(encoder: CapsuleEncoder, groups: Rows, *, seed: int) ->
     parts = batch_rows(len(groups), min(start.groups, len(groups)), 0, seed).split(50)
 
     def vectors_of(part: Tensor) -> Tensor:
-        return squash(groups[part].float()).flatten(1).cpu()
+        return squash(groups[part].to(encoder.W)).flatten(1)
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed, encoder.W.device):
         some = torch.cat([vectors_of(part) for part in parts[:10]])
         directions = subspaces.principal_directions(some, start.components)
         codes = [F.normalize(vectors_of(part) @ directions, dim=1) for part in parts]
@@ -146,7 +148,7 @@ def solve_decoder(decoder: CapsuleDecoder, capsules: Float[Tensor, "N J d"], z_l
     if (capsules.abs().amax(2) > 0).sum(1).max() > 1:
         raise ValueError("least squares needs one capsule on per image; use the 'gradient' or 'literal' rule instead")
     upper, lower, e, d = decoder.U.shape
-    solution = ridge_regression(capsules.flatten(1), z_lower, ridge=decoder.settings.ridge)
+    solution = ridge_regression(capsules.flatten(1).to(decoder.U), z_lower, ridge=decoder.settings.ridge)
     decoder.U.copy_(solution.view(upper, d, lower, e).permute(0, 2, 3, 1))
 
 
@@ -194,19 +196,18 @@ def minimise(
         for group in plan.optimiser.param_groups:
             group["lr"] = rate
         rows = distributed.own_part(batch_rows(len(data[0]), plan.batch, step, seed))
-        with torch.random.fork_rng():
-            torch.manual_seed(seed * 1_000_003 + step + (distributed.rank() << 24))
+        with seeded(seed * 1_000_003 + step + (distributed.rank() << 24), device):
             batch = [prepare(part[rows].to(device).float()) for part in data]
             with autocast(device, plan.autocast):
                 loss = parallel(*batch)
-        mean_loss = distributed.mean(loss.detach())  # the same in every process, so that all of them stop or none
-        if not mean_loss.isfinite():
-            raise ValueError(f"the loss is {mean_loss.item()} at step {step + 1}; lower the learning rate and resume")
+        mean_loss = distributed.mean(loss.detach()).item()  # the same in every process: all of them stop or none
+        if not math.isfinite(mean_loss):
+            raise ValueError(f"the loss is {mean_loss} at step {step + 1}; lower the learning rate and resume")
         plan.optimiser.zero_grad()
         loss.backward()
         plan.optimiser.step()
         kept.write(step + 1, plan.steps, lambda: module.state_dict() | checkpoints.pack_optimiser(plan.optimiser))
-        yield Step(step + 1, plan.steps, mean_loss.item(), rate)
+        yield Step(step + 1, plan.steps, mean_loss, rate)
     module.eval()
 
 
@@ -214,14 +215,30 @@ def batch_rows(count: int, batch: int, step: int, seed: int) -> Tensor:
     """The rows of the batch of ``step``: every epoch a new order of all rows, the incomplete last batch left out."""
     per_epoch = max(1, count // batch)
     epoch, place = divmod(step, per_epoch)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[place * batch : (place + 1) * batch]
+    return _order(count, seed * 1_000_003 + epoch)[place * batch : (place + 1) * batch]
+
+
+@lru_cache(maxsize=1)
+def _order(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from ``seed`` inside, on the processor and on ``device``; leave the global generators of both as they were.
+
+    Other accelerators of this machine are not touched: each would set aside memory for that.
+    """
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+    with torch.random.fork_rng(devices, device_type=kind):
+        torch.manual_seed(seed)
+        yield
 
 
 def autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
     """bf16 autocast where the hardware has it, else nothing."""
     if device.type == "cuda":
-        available = torch.cuda.is_bf16_supported()
+        available = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones only imitate it, slowly
     else:
         available = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted and available)

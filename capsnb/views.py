@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn import functional as F
 
 from capsnb.affine import linear_maps, look_through
+from capsnb.quality import nearest_neighbours
 from capsnb.settings import ViewsSettings
 
 
@@ -44,11 +44,10 @@ def neighbours(images: Float[Tensor, "N 1 28 28"], count: int) -> Int[Tensor, "N
 
     Fewer where there are not so many images.
     """
-    halved = F.normalize(F.avg_pool2d(images, 2).flatten(1), dim=1).numpy()
-    count = min(count + 1, len(images))
-    near = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(halved).kneighbors(halved, return_distance=False)
-    near[:, 0] = range(len(images))  # itself, except where several images are equal
-    return torch.as_tensor(near)
+    halved = F.normalize(F.avg_pool2d(images, 2).flatten(1), dim=1)
+    near = nearest_neighbours(halved, halved, count=min(count + 1, len(images)))[1].cpu()
+    near[:, 0] = torch.arange(len(images))  # itself, except where several images are equal
+    return near
 
 
 def deform(

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jaxtyping
 import matplotlib
+import pretend
 import pytest
 import torch
 from make_samples import idx
@@ -30,6 +31,21 @@ def rng():
 def double(rng):
     """Normal numbers of a shape, in float64."""
     return lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64)
+
+
+@pytest.fixture(params=["cuda", pretend.NAME])
+def accelerator(request, monkeypatch):
+    """The name of a device that is not the processor: a GPU where there is one, and one that the processor plays."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        yield "cuda"
+        return
+    if not pretend.available:
+        pytest.skip("this torch cannot be given a device by python")
+    monkeypatch.setattr(torch, "Generator", pretend.Generator)
+    with pretend.Pretending():
+        yield pretend.NAME
 
 
 @pytest.fixture

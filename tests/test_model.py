@@ -347,10 +347,10 @@ def test_a_capsule_size_that_does_not_divide_the_channels_is_refused(small_setti
         model.encode(torch.zeros(1, 1, 28, 28))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_model_on_a_gpu_encodes_and_decodes_as_on_the_cpu(small_model, digits):
+def test_a_model_on_an_accelerator_encodes_and_decodes_as_on_the_cpu(small_model, digits, accelerator):
     images = digits[0][:31]
     capsules, pictures = small_model.encode(images), small_model.reconstruct(images)
-    small_model.cuda()
-    assert_close(small_model.encode(images.cuda()).cpu(), capsules, rtol=1e-2, atol=1e-3)
-    assert_close(small_model.reconstruct(images.cuda()).cpu(), pictures, rtol=1e-2, atol=1e-3)
+    small_model.to(accelerator)
+    images = images.to(accelerator)
+    assert_close(small_model.encode(images).cpu(), capsules, rtol=1e-2, atol=1e-3)
+    assert_close(small_model.reconstruct(images).cpu(), pictures, rtol=1e-2, atol=1e-3)

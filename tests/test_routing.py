@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from capsnb import route
 from capsnb.capsules import squash
-from capsnb.routing import forward_map, reverse_map, route_steps, route_with_agreement
+from capsnb.routing import forward_at_once, forward_map, reverse_map, route_steps, route_with_agreement
 
 B, I, J, D, E = 3, 7, 5, 11, 13  # noqa: E741
 both = pytest.mark.parametrize("over", ["upper", "lower"])
@@ -152,7 +152,29 @@ def test_the_reverse_map_is_the_transpose_of_the_forward_map(double, layer, coup
     assert_close((forward_map(x, W, coupling) * capsules).sum(), (x * reverse_map(capsules, W, coupling)).sum())
 
 
-@pytest.mark.parametrize("function, shape", [(forward_map, (2, 3, 11)), (reverse_map, (2, 5, 7))])
+@pytest.mark.parametrize("numbers", [1, 2 * B * I * E, 10**9])
+def test_the_forward_map_at_once_is_equation_3_for_any_number_of_capsules_at_once(
+    layer, coupling, numbers, monkeypatch
+):
+    x, W = layer
+    monkeypatch.setattr("capsnb.routing.NUMBERS_AT_ONCE", numbers)
+    expected = paper.each_image(lambda x, c: paper.forward(x, W.numpy(), c), x, coupling)
+    assert_close(forward_at_once(x, W, coupling), expected)
+
+
+def test_an_accelerator_routes_and_maps_as_the_processor_does(layer, coupling, accelerator):
+    x, W = layer
+    there = [tensor.to(accelerator) for tensor in (x, W, coupling)]
+    for found, expected in zip(route_with_agreement(*there[:2]), route_with_agreement(x, W)):
+        assert_close(found.cpu(), expected)
+    assert_close(forward_map(*there).cpu(), forward_map(x, W, coupling))
+    capsules = forward_map(x, W, coupling)
+    assert_close(reverse_map(capsules.to(accelerator), *there[1:]).cpu(), reverse_map(capsules, W, coupling))
+
+
+@pytest.mark.parametrize(
+    "function, shape", [(forward_map, (2, 3, 11)), (forward_at_once, (2, 3, 11)), (reverse_map, (2, 5, 7))]
+)
 def test_gradients_agree_with_finite_differences(function, shape, double):
     """Also where an image does not couple to a capsule and is left out of its product."""
     inputs, W, coupling = double(*shape), double(3, 5, 7, 11), double(2, 3, 5)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pretend
 import pytest
 import torch
 from torch.testing import assert_close
@@ -448,8 +449,19 @@ def test_the_module_is_a_program_with_help():
     assert all(name in shown for name in ("train", "sample", "evaluate", "export"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_run_on_a_gpu_leaves_a_model_for_the_cpu(small_presets, folder, tmp_path):
+def test_a_run_on_an_accelerator_leaves_a_model_for_the_cpu(accelerator, small_presets, folder, tmp_path):
     out = str(tmp_path / "run")
-    assert main(["train", "--dataset", str(folder), "--quick", "--device", "cuda", "--out", out]) == 0
+    assert main(["train", "--dataset", str(folder), "--quick", "--device", accelerator, "--out", out]) == 0
     assert load_model(tmp_path / "run" / "model.safetensors").poses.mean.device.type == "cpu"
+
+
+@pytest.mark.skipif(not pretend.available, reason="this torch cannot be given a device by python")
+@pytest.mark.parametrize("preset, waits", [("sparse", 4), ("dense", 3), ("paper", 3)])
+def test_an_update_of_stage_2_waits_for_an_accelerator_but_a_few_times(preset, waits, small_settings, digits):
+    """For its loss, and where routing and the mask look at their inputs; not once for every capsule."""
+    torch.manual_seed(0)
+    with pretend.Pretending() as device:
+        model = ExpertCapsules(small_settings(preset)).to(pretend.NAME)
+        lessons = runs.Encoded(model, digits[0][:62].to(pretend.NAME)).lessons
+        after = [device.waits for _ in training.train_encoder(model.encoder.train(), lessons, seed=0)]
+    assert {now - before for before, now in zip(after, after[1:])} == {waits}

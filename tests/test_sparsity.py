@@ -40,6 +40,11 @@ def test_the_explanation_is_the_cosine_with_the_model_phase_of_one_capsule_alone
             assert_close(explanation(x, W)[b, j].item(), cosine)
 
 
+def test_an_accelerator_finds_the_explanation_of_the_processor(double, accelerator):
+    x, W = squash(double(B, I, 13)), double(I, J, 5, 13)
+    assert_close(explanation(x.to(accelerator), W.to(accelerator)).cpu(), explanation(x, W))
+
+
 def test_the_support_is_the_largest_coupling_at_each_position_summed_over_the_positions(double):
     coupling = double(B, 5 * 2, J).softmax(2)
     found = support(coupling, 5)

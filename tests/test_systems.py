@@ -152,10 +152,11 @@ def test_a_preset_for_affine_mnist_learns_from_and_is_measured_on_digits_in_its_
     assert presets[f"{mask}-frames"] == replace(presets[mask], size=40, stride=4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @each_system
-def test_a_run_on_a_gpu_goes_on_and_leaves_a_network_for_the_cpu(name, small, folder, stop_at, tmp_path):
-    options = ["--dataset", str(folder), "--quick", "--device", "cuda", "--system", name, "--out", str(tmp_path)]
+def test_a_run_on_an_accelerator_goes_on_and_leaves_a_network_for_the_cpu(
+    name, accelerator, small, folder, stop_at, tmp_path
+):
+    options = ["--dataset", str(folder), "--quick", "--device", accelerator, "--system", name, "--out", str(tmp_path)]
     stop_at(name, 4)
     assert main(["train", *options]) == 130
     stop_at(name, None)
