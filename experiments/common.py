@@ -135,7 +135,7 @@ def as_bytes(images: Float[Tensor, "N 1 28 28"]) -> Tensor:
 
 
 def as_vectors(network: EMRouting, images: Float[Tensor, "N 1 28 28"]) -> Float[Tensor, "N J d"]:
-    """Matrix capsules as capsules of other systems are: the direction of the pose, as long as the capsule is active."""
+    """Matrix capsules as those of other systems are: each the direction of its pose, as long as its activation."""
     poses, activations = network.encode(images)
     return F.normalize(poses, dim=2) * activations.unsqueeze(2)
 
