@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import votes
-from capsnb import checkpoints, load_pretrained, native, route, runs, squash
+from capsnb import checkpoints, load_pretrained, route, runs, squash
 from capsnb.model import CapsuleEncoder
+from capsnb.routing import without_votes
 from experiments.bases import BASES
 
 ROUTING = {"the paper's": (64, 576, 20), "ten times the lower": (64, 5760, 20), "ten times the upper": (64, 576, 200)}
@@ -136,11 +137,12 @@ def machine(device: str, quick: bool) -> dict:
     side, length = (256, 2**16) if quick else (4096, 2**27)
     a, b, target = torch.rand(side, side).to(device), torch.rand(length).to(device), torch.empty(length, device=device)
     ms = compare({"product": lambda: a @ a, "copy": lambda: target.copy_(b)}, device, 9)
+    x, W = layer(1, 2, 3, device)
     return {
         "processor": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "versions": runs.versions(),
-        "compiled": native.compiled(UPPER_DIM, LOWER_DIM) is not None,
+        "compiled": without_votes(x.device).can_route(x, W, rounds=3),
         "gflops": 2 * side**3 / ms["product"] / 1e6,
         "gigabytes_per_second": 2 * 4 * length / ms["copy"] / 1e6,
     }

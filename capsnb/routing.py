@@ -1,12 +1,13 @@
 """Routing by agreement, and the forward and reverse maps for given couplings.  Eq. 3, Algorithm 1.
 
 Axes: lower capsules i (I of them, e numbers each), upper capsules j (J of them, d numbers each). The votes [B, I, J, d]
-of a batch are never stored. On CPUs ``route`` runs routing.c, which casts each vote anew whenever it needs it;
-elsewhere it runs ``route_steps``, the readable reference, on a part of the batch at a time. The forward and reverse
-maps are matrix products, one for each capsule of the smaller layer.
+of a batch are never stored: ``route`` runs routing.c on CPUs and routing_gpu.py on CUDA GPUs, which cast each vote anew
+whenever they need it; where these cannot, it runs ``route_steps``, the readable reference, on a part of the batch at a
+time. The forward and reverse maps are matrix products, on CPUs one for each capsule of the smaller layer.
 """
 
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -76,12 +77,22 @@ def route_with_agreement(
     options = {"rounds": rounds, "over": over, "agreement": agreement, "sharpness": sharpness}
     _check_options(**options)
     on = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if on is None else on
-    if agreement == "cosine" and native.can_route(x, W, rounds, sharpness):
-        return RoutingState(*native.route(x, on.to(x), W, rounds, over == "upper", sharpness))
+    fast = without_votes(x.device)
+    if agreement == "cosine" and fast.can_route(x, W, rounds, sharpness):
+        return RoutingState(*fast.route(x, on.to(x), W, rounds, over == "upper", sharpness))
     chunk = _CHUNK if x.device.type == "cpu" else max(1, NUMBERS_AT_ONCE // W[..., 0].numel())
     parts = zip(x.split(chunk), on.split(chunk))
     last = [route_steps(part, W, on=here, **options)[-1] for part, here in parts]
     return RoutingState(*map(torch.cat, zip(*last)))
+
+
+def without_votes(device: torch.device) -> ModuleType:
+    """The module that routes on ``device`` without storing votes, where it can."""
+    if device.type == "cuda":
+        from capsnb import routing_gpu  # Triton is not loaded where nobody asks for it
+
+        return routing_gpu
+    return native
 
 
 _CHUNK = 16  # images whose votes are held at once: small enough for the processor's cache

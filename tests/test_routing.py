@@ -162,11 +162,17 @@ def test_the_forward_map_at_once_is_equation_3_for_any_number_of_capsules_at_onc
     assert_close(forward_at_once(x, W, coupling), expected)
 
 
-def test_an_accelerator_routes_and_maps_as_the_processor_does(layer, coupling, accelerator):
+@both
+@pytest.mark.parametrize("dtype, within", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_an_accelerator_routes_as_the_processor_does_in_double_precision(layer, over, dtype, within, accelerator):
+    there = [tensor.to(accelerator, dtype) for tensor in layer]
+    for found, expected in zip(route_with_agreement(*there, over=over), route_with_agreement(*layer, over=over)):
+        assert_close(found.cpu().double(), expected, rtol=within, atol=within)
+
+
+def test_an_accelerator_maps_as_the_processor_does(layer, coupling, accelerator):
     x, W = layer
     there = [tensor.to(accelerator) for tensor in (x, W, coupling)]
-    for found, expected in zip(route_with_agreement(*there[:2]), route_with_agreement(x, W)):
-        assert_close(found.cpu(), expected)
     assert_close(forward_map(*there).cpu(), forward_map(x, W, coupling))
     capsules = forward_map(x, W, coupling)
     assert_close(reverse_map(capsules.to(accelerator), *there[1:]).cpu(), reverse_map(capsules, W, coupling))
