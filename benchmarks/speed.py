@@ -45,9 +45,13 @@ def compare(works: dict[str, Callable], device: str, repeats: int) -> dict[str, 
 
 
 def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if _is_cuda(device):
+        torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 def layer(images: int, lower: int, upper: int, device: str) -> tuple[Tensor, Tensor]:
@@ -86,11 +90,11 @@ def alone(function: Callable, *arguments):
 
 def peak(work: Callable, device: str) -> float | None:
     """Megabytes of memory that ``work`` needs at its peak beyond what is in use; None where it cannot be read."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if _is_cuda(device):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         work()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     except OSError:
@@ -136,15 +140,20 @@ def machine(device: str, quick: bool) -> dict:
     """What was measured on, and the two rates that bound everything: arithmetic and memory, single precision."""
     side, length = (256, 2**16) if quick else (4096, 2**27)
     a, b, target = torch.rand(side, side).to(device), torch.rand(length).to(device), torch.empty(length, device=device)
-    ms = compare({"product": lambda: a @ a, "copy": lambda: target.copy_(b)}, device, 9)
+    votes = 3 * 12 * 5 * UPPER_DIM if quick else 64 * 576 * 20 * UPPER_DIM  # of the first shape
+    kept = torch.zeros(votes, device=device)
+    works = {"product": lambda: a @ a, "copy": lambda: target.copy_(b)}
+    works |= {"new": lambda: torch.empty(votes, device=device).fill_(1), "kept": lambda: kept.fill_(1)}
+    ms = compare(works, device, 9)
     x, W = layer(1, 2, 3, device)
     return {
-        "processor": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "processor": torch.cuda.get_device_name(device) if _is_cuda(device) else _processor(),
         "threads": torch.get_num_threads(),
         "versions": runs.versions(),
         "compiled": without_votes(x.device).can_route(x, W, rounds=3),
         "gflops": 2 * side**3 / ms["product"] / 1e6,
         "gigabytes_per_second": 2 * 4 * length / ms["copy"] / 1e6,
+        "fill_ms": {"megabytes": 4 * votes / 1e6, "new": ms["new"], "kept": ms["kept"]},
     }
 
 
@@ -196,7 +205,8 @@ def show(result: dict) -> None:
         rates = "  ".join(f"{name} {rate:,.0f}" for name, rate in row["images_per_second"].items())
         print(f"{'images a second, batch ' + str(row['batch']):28s} {rates}")
     for stage, record in result.get("training", {}).get("stages", {}).items():
-        print(f"{'training, stage ' + stage:28s} {record['seconds']:9.1f} s  peak memory {record['peak_memory_mb']} MB")
+        so_far = f"{record['seconds']:9.1f} s  peak memory so far {record['peak_memory_mb']} MB"
+        print(f"{'training, stage ' + stage:28s} {so_far}")
     print("  ".join(f"{name} {value:.4f}" for name, value in result.get("training", {}).get("measures", {}).items()))
 
 

@@ -74,7 +74,10 @@ def sample(options: argparse.Namespace) -> None:
     """Draw a picture in the style of Fig. 2."""
     if options.rows < 1:
         raise ValueError(f"--rows is {options.rows}, expected at least 1")
-    model, rng = load_model(_weights(options.model)), torch.Generator().manual_seed(options.seed)
+    path, rng = _weights(options.model), torch.Generator().manual_seed(options.seed)
+    if (system := _system(path)) != EXPERT_CAPSULES:
+        raise ValueError(f"sample is for {EXPERT_CAPSULES}, not for {system}, which {options.model} holds")
+    model = load_model(path)
     images = single_capsule_images(model, options.rows, domain=options.domain, rng=rng)
     figure = plots.show_grid(images, title=f"{options.model}, {options.domain} domain")
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,24 +22,34 @@ except ImportError:  # without it, as on macOS and Windows, every device takes t
     triton = None
 
 PART = 16  # lower capsules a program
+PARTS_AT_ONCE = 64  # programs whose sums are added up at once
+MIX_WARPS, TURN_WARPS = 8, 1  # groups of 32 threads a program
 _NUMBERS = 4096  # a program's votes from one of them, for all its images: as many as its registers hold
 
 
 def can_route(x: Tensor, W: Tensor, rounds: int, sharpness: float = 1.0) -> bool:
     """Whether ``route`` can run here on these: single precision on a CUDA GPU, no derivative asked for, bounded logits.
 
-    There may be some 256 upper capsules of 16 numbers, and the kernels must have agreed with the plain way on this GPU.
+    The upper capsules may have 4,096 numbers in all, both sizes rounded up to powers of two, no array more than 2^31.
+    And the kernels must have agreed with the plain way on this GPU, which the first call finds out in about a minute.
     """
     if triton is None or x.device.type != "cuda" or W.device != x.device or not x.dtype == W.dtype == torch.float32:
         return False
     derivative = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
     bounded = (rounds - 1) * sharpness <= LARGEST_LOGIT
-    return not derivative and len(x) > 0 and bounded and _padded(W) <= _NUMBERS and _works(x.device)
+    fit = _padded(W) <= _NUMBERS and _largest(x, W) < 2**31
+    return not derivative and len(x) > 0 and bounded and fit and _works(x.device)
 
 
 def _padded(W: Tensor) -> int:
     """The numbers of all votes of one lower capsule, in blocks of powers of two."""
     return triton.next_power_of_2(W.shape[1]) * triton.next_power_of_2(W.shape[2])
+
+
+def _largest(x: Tensor, W: Tensor) -> int:
+    """The numbers of the largest array; the kernels count them in 32 bits."""
+    lower, upper, d, _ = W.shape
+    return max(x.numel(), W.numel(), len(x) * lower * upper, len(x) * triton.cdiv(lower, PART) * upper * d)
 
 
 def route(
@@ -67,14 +77,14 @@ def route(
         inputs = x, on, W, direction, coupling, sums, weights, lengths, batch, lower, upper, sharpness
         results = sums, weights, lengths, z, direction, agreement, scale, parts, batch * upper
         with torch.cuda.device_of(x):  # the one that Triton takes
-            _mix[triton.cdiv(batch, images), parts](*inputs, **blocks, **tile, **when, num_warps=8)
-            _turn[(batch * upper,)](*results, **blocks, BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=1)
+            _mix[triton.cdiv(batch, images), parts](*inputs, **blocks, **tile, **when, num_warps=MIX_WARPS)
+            _turn[(batch * upper,)](*results, **blocks, BLOCK_PARTS=PARTS_AT_ONCE, num_warps=TURN_WARPS)
     return coupling if over_upper else coupling * scale.unsqueeze(1), z, agreement
 
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["batch", "lower", "upper"])  # or every size of a batch would be compiled anew
     def _mix(
         x, on, W, direction, coupling, sums, weights, lengths, batch, lower, upper, sharpness,
         D: tl.constexpr, BLOCK_D: tl.constexpr, OVER_UPPER: tl.constexpr, E: tl.constexpr, BLOCK_J: tl.constexpr,
@@ -119,21 +129,27 @@ if triton is not None:
         tl.store(weights + part * batch * upper + capsule, weight_sum, mask=both)
         tl.store(lengths + part * batch * upper + capsule, length_sum, mask=both)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["parts", "capsules"])
     def _turn(
         sums, weights, lengths, z, direction, agreement, scale, parts, capsules,
         D: tl.constexpr, BLOCK_D: tl.constexpr, OVER_UPPER: tl.constexpr, BLOCK_PARTS: tl.constexpr,
     ):  # fmt: skip
         """One upper capsule of one image: adds up its parts; couplings over the lower ones are the weights by scale."""
-        capsule, d, part = tl.program_id(0), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_PARTS)
-        row, inside = part * capsules + capsule, part < parts
-        every = tl.load(sums + row[:, None] * D + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0)
-        mixed, by = tl.sum(every, 0), tl.full((), 1, sums.dtype.element_ty)
+        kind: tl.constexpr = sums.dtype.element_ty
+        capsule, d = tl.program_id(0), tl.arange(0, BLOCK_D)
+        mixed, weight, total = tl.zeros((BLOCK_D,), kind), tl.zeros((), kind), tl.zeros((), kind)
+        for first in range(0, parts, BLOCK_PARTS):
+            part = first + tl.arange(0, BLOCK_PARTS)
+            row, inside = part * capsules + capsule, part < parts
+            every = tl.load(sums + row[:, None] * D + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0)
+            mixed += tl.sum(every, 0)
+            weight += tl.sum(tl.load(weights + row, mask=inside, other=0), 0)
+            total += tl.sum(tl.load(lengths + row, mask=inside, other=0), 0)
+        by = tl.full((), 1, kind)
         if not OVER_UPPER:
-            by = by / tl.maximum(tl.sum(tl.load(weights + row, mask=inside, other=0), 0), 1e-12)
-        mixed = mixed * by
+            by = by / tl.maximum(weight, 1e-12)
+        mixed, total = mixed * by, total * by
         length = tl.sqrt(tl.sum(mixed * mixed, 0))
-        total = by * tl.sum(tl.load(lengths + row, mask=inside, other=0), 0)
         tl.store(z + capsule * D + d, mixed, mask=d < D)
         tl.store(direction + capsule * D + d, mixed / tl.maximum(length, 1e-12), mask=d < D)
         tl.store(agreement + capsule, length / tl.maximum(total, 1e-12))
@@ -147,9 +163,9 @@ def _works(device: torch.device) -> bool:
     x, W = torch.rand(5, 37, 8, generator=rng).to(device), torch.randn(37, 11, 16, 8, generator=rng).to(device)
     try:
         for over in ("upper", "lower"):
-            found, expected = route(x, x.new_ones(5, 37), W, 3, over == "upper"), route_steps(x, W, rounds=3, over=over)
-            for here, plain in zip(found, expected[-1]):
-                torch.testing.assert_close(here, plain, rtol=1e-3, atol=1e-4)
+            found = route(x, x.new_ones(5, 37), W, 3, over == "upper")
+            for here, plain in zip(found, route_steps(x.double(), W.double(), rounds=3, over=over)[-1]):
+                torch.testing.assert_close(here.double(), plain, rtol=1e-3, atol=1e-4)
     except Exception as error:  # whatever a compiler, a driver or a comparison may say
         warnings.warn(f"routing takes the plain way on {device}: {error}", stacklevel=2)
         return False

@@ -8,6 +8,7 @@ couplings out again among the capsules left on, are ours.
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from capsnb import distributed
 from capsnb.capsules import squash
@@ -91,7 +92,7 @@ class Sparsity(nn.Module):
         settings, count = self.settings, explanation.shape[1]
         self.updates += 1
         winner = self.score(explanation).argmax(1)
-        wins = distributed.mean(torch.bincount(winner, minlength=count) / len(explanation))
+        wins = distributed.mean(F.one_hot(winner, count).to(explanation).mean(0))
         self.share.lerp_(wins.to(self.share), 1 - settings.running)
         self.boost += settings.boost_step * (self.share < settings.share_low / count)
         self.boost -= settings.boost_step * (self.share > settings.share_high / count)

@@ -4,7 +4,7 @@
         print(step.loss)
 
 Everything drawn at a step depends on the seed and the step's number alone, so a run that was interrupted and resumed
-from its checkpoint ends with the same weights as one that was not.
+from its checkpoint ends with the same weights as one that was not (on a GPU up to the order in which sums are taken).
 
 Several processes (see capsnb.distributed) share the rows of every batch and make the updates that one process would
 make of them. Only dropout and views differ: each process draws its own for its part of the batch.
@@ -190,6 +190,11 @@ def minimise(
     distributed.require_same(**facts)
     kept = Checkpoint(checkpoint, facts)
     done = _resume(module, plan.optimiser, kept)
+
+    def state() -> dict[str, Tensor]:
+        return module.state_dict() | checkpoints.pack_optimiser(plan.optimiser)
+
+    kept.write(done, plan.steps, state)
     parallel = distributed.parallel(module.train())
     for step in range(done, plan.steps):
         rate = plan.learning_rate * min(1, (step + 1) / plan.warmup) * (1 - step / plan.steps)
@@ -206,7 +211,7 @@ def minimise(
         plan.optimiser.zero_grad()
         loss.backward()
         plan.optimiser.step()
-        kept.write(step + 1, plan.steps, lambda: module.state_dict() | checkpoints.pack_optimiser(plan.optimiser))
+        kept.write(step + 1, plan.steps, state)
         yield Step(step + 1, plan.steps, mean_loss, rate)
     module.eval()
 
@@ -227,7 +232,7 @@ def _order(count: int, seed: int) -> Tensor:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw from ``seed`` inside, on the processor and on ``device``; leave the global generators of both as they were.
 
-    Other accelerators of this machine are not touched: each would set aside memory for that.
+    Those of other accelerators of this machine keep the seed: each would set aside memory to be restored.
     """
     devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     with torch.random.fork_rng(devices, device_type=kind):
@@ -247,7 +252,7 @@ def autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
 def _resume(module: nn.Module, optimiser: torch.optim.Optimizer, kept: "Checkpoint") -> int:
     """Load what was kept, if anything was; the number of steps that it holds.  Raises as ``Checkpoint.read``."""
     tensors, step = distributed.from_rank_0(kept.read)
-    if step:
+    if tensors:
         module.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith("optimiser/")})
         checkpoints.unpack_optimiser(optimiser, tensors)
     return step
@@ -270,8 +275,8 @@ class Checkpoint:
         return tensors, found["step"]
 
     def write(self, step: int, steps: int, tensors: Callable[[], dict[str, Tensor]]) -> None:
-        """Write what ``tensors`` gives after the last step, and before it twice a minute at most."""
-        due = step == steps or time.monotonic() - self.written > _SECONDS_BETWEEN_CHECKPOINTS
+        """Write what ``tensors`` gives, before the first step, after the last, and twice a minute at most."""
+        due = step in (0, steps) or time.monotonic() - self.written > _SECONDS_BETWEEN_CHECKPOINTS
         if self.path and distributed.rank() == 0 and due:
             checkpoints.write(self.path, tensors(), step=step, **self.facts)
             self.written = time.monotonic()

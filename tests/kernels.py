@@ -45,13 +45,14 @@ def translated(capability: int, over_upper: bool) -> dict[str, tuple[int, int]]:
     from capsnb import routing_gpu
 
     blocks = {"D": 16, "BLOCK_D": 16, "OVER_UPPER": over_upper}
-    tile = {"E": 8, "BLOCK_J": 32, "IMAGES": 8, "LOWER": routing_gpu.PART, "FIRST": not over_upper, "LAST": False}
-    made = {}
-    for name, constants in {"_mix": blocks | tile, "_turn": blocks | {"BLOCK_PARTS": 64}}.items():
+    tile = {"E": 8, "BLOCK_J": 32, "IMAGES": 8, "LOWER": routing_gpu.PART, "FIRST": not over_upper, "LAST": over_upper}
+    constants_of = {"_mix": blocks | tile, "_turn": blocks | {"BLOCK_PARTS": routing_gpu.PARTS_AT_ONCE}}
+    warps, made = {"_mix": routing_gpu.MIX_WARPS, "_turn": routing_gpu.TURN_WARPS}, {}
+    for name, constants in constants_of.items():
         kinds = zip(("*fp32", "i32", "fp32"), SIGNATURES[name].split("|"))
         signature = {argument: kind for kind, names in kinds for argument in names.split()}
         signature |= dict.fromkeys(constants, "constexpr")
         source = ASTSource(getattr(routing_gpu, name), signature=signature, constexprs=constants)
-        kernel = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+        kernel = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps[name]})
         made[name] = len(kernel.asm["cubin"]), kernel.metadata.shared
     return made

@@ -2,7 +2,8 @@
 
 Inside ``with Pretending() as device:`` tensors can be made on or moved to "pretend". They lie apart, as on a GPU: an
 operation on some of them and on others of the processor is refused, so is a generator of the other side, and numpy.
-``device.waits`` counts how often the processor had to wait for a value of the device.
+``device.waits`` counts how often the processor would wait for the device: for a value of it, for a mask's or a list's
+length, in torch's decompositions, and in every copy to or from it.
 """
 
 import torch
@@ -19,6 +20,7 @@ available = _REGISTER is not None  # from torch 2.10 on
 # What takes tensors of both sides: copies, and numbers of rows that lie on the processor.
 _CROSSING = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor, aten.index_put_.default}
 _WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
+_WAITING |= {aten._linalg_eigh.default, aten.linalg_qr.default, aten._linalg_svd.default, aten.bincount.default}
 
 
 class _Module:
@@ -78,6 +80,8 @@ def _run(operation, args: tuple, kwargs: dict):
         raise RuntimeError(f"{operation}: expected all tensors to be on the same device")
     if operation is aten.index.Tensor and some_there and not isinstance(args[0], There):
         raise RuntimeError(f"{operation}: indices of the device for a tensor of the processor")
+    if operation is aten.index_put_.default and args[2].dim() and len({isinstance(args[n], There) for n in (0, 2)}) > 1:
+        raise RuntimeError(f"{operation}: the values are of another device than the tensor")
     for leaf in leaves:
         if isinstance(leaf, torch.Generator) and (leaf.device.type == NAME) != to_there:
             raise RuntimeError(f"{operation}: the generator is of another device than the result")
@@ -99,12 +103,12 @@ class Pretending(TorchDispatchMode):
         self.operations = self.waits = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, There)]
-        if tensors:
-            to_here = "device" in kwargs and torch.device(kwargs["device"] or NAME).type == "cpu"
-            masks = operation is aten.index.Tensor and any(leaf.dtype == torch.bool for leaf in tensors[1:])
-            copied_here = operation is aten.copy_.default and not isinstance(args[0], There)
+        result = _run(operation, args, kwargs or {})
+        involved = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        there = [isinstance(tensor, There) for tensor in involved]
+        if any(there):
+            masked = operation is aten.index.Tensor and any(tensor.dtype == torch.bool for tensor in involved[1:])
+            copied = operation in _CROSSING and not all(there)
             self.operations += 1
-            self.waits += operation in _WAITING or to_here or masks or copied_here
-        return _run(operation, args, kwargs)
+            self.waits += operation in _WAITING or masked or copied
+        return result

@@ -58,12 +58,13 @@ def test_only_what_the_kernels_can_do_is_left_to_them(monkeypatch):
     monkeypatch.setattr(routing_gpu, "_works", lambda device: True)
     with FakeTensorMode(allow_non_fake_inputs=True):  # of tensors that lie on a GPU as far as anybody can see
 
-        def can_route(*options, images=3, upper=20, **kinds):
-            x, W = (torch.empty(shape, **kinds, device="cuda") for shape in ((images, 7, 8), (7, upper, 16, 8)))
-            return routing_gpu.can_route(x, W, *options)
+        def can_route(*options, images=3, lower=7, upper=20, **kinds):
+            shapes = (images, lower, 8), (lower, upper, 16, 8)
+            return routing_gpu.can_route(*(torch.empty(shape, **kinds, device="cuda") for shape in shapes), *options)
 
         assert can_route(3) and can_route(3, 12.0) and can_route(3, upper=256)
         assert not can_route(3, 12.1) and not can_route(26) and not can_route(3, upper=257)
+        assert can_route(3, images=4096, lower=576, upper=200) and not can_route(3, images=4096, lower=5760, upper=200)
         assert not can_route(3, images=0) and not can_route(3, dtype=torch.float64)
         assert not can_route(3, requires_grad=True)
     assert not routing_gpu.can_route(torch.empty(3, 7, 8), torch.empty(7, 20, 16, 8), 3)
