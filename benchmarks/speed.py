@@ -137,7 +137,7 @@ def inference(batches: tuple[int, ...], device: str, repeats: int) -> list[dict]
 
 
 def machine(device: str, quick: bool) -> dict:
-    """What was measured on, and the two rates that bound everything: arithmetic and memory, single precision."""
+    """What was measured on, the rates of arithmetic and memory that bound everything, and the price of new memory."""
     side, length = (256, 2**16) if quick else (4096, 2**27)
     a, b, target = torch.rand(side, side).to(device), torch.rand(length).to(device), torch.empty(length, device=device)
     votes = 3 * 12 * 5 * UPPER_DIM if quick else 64 * 576 * 20 * UPPER_DIM  # of the first shape

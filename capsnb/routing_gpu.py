@@ -24,14 +24,14 @@ except ImportError:  # without it, as on macOS and Windows, every device takes t
 PART = 16  # lower capsules a program
 PARTS_AT_ONCE = 64  # programs whose sums are added up at once
 MIX_WARPS, TURN_WARPS = 8, 1  # groups of 32 threads a program
-_NUMBERS = 4096  # a program's votes from one of them, for all its images: as many as its registers hold
+_NUMBERS = 4096  # a program's votes from one lower capsule, for all its images: as many as registers hold
 
 
 def can_route(x: Tensor, W: Tensor, rounds: int, sharpness: float = 1.0) -> bool:
     """Whether ``route`` can run here on these: single precision on a CUDA GPU, no derivative asked for, bounded logits.
 
-    The upper capsules may have 4,096 numbers in all, both sizes rounded up to powers of two, no array more than 2^31.
-    And the kernels must have agreed with the plain way on this GPU, which the first call finds out in about a minute.
+    The upper capsules may have 4,096 numbers in all, both sizes rounded up to powers of two, and every array fewer than
+    2^31. And the kernels must have agreed with the plain way on this GPU. The first call finds that out; it compiles.
     """
     if triton is None or x.device.type != "cuda" or W.device != x.device or not x.dtype == W.dtype == torch.float32:
         return False

@@ -275,7 +275,7 @@ class Checkpoint:
         return tensors, found["step"]
 
     def write(self, step: int, steps: int, tensors: Callable[[], dict[str, Tensor]]) -> None:
-        """Write what ``tensors`` gives, before the first step, after the last, and twice a minute at most."""
+        """Write what ``tensors`` gives: before the first step, after the last, in between twice a minute at most."""
         due = step in (0, steps) or time.monotonic() - self.written > _SECONDS_BETWEEN_CHECKPOINTS
         if self.path and distributed.rank() == 0 and due:
             checkpoints.write(self.path, tensors(), step=step, **self.facts)

@@ -1,7 +1,7 @@
 """A device called "pretend", played by the processor: what would fail on an accelerator fails here without one.
 
 Inside ``with Pretending() as device:`` tensors can be made on or moved to "pretend". They lie apart, as on a GPU: an
-operation on some of them and on others of the processor is refused, so is a generator of the other side, and numpy.
+operation on some of them and on others of the processor is refused, and so are a generator of the other side and numpy.
 ``device.waits`` counts how often the processor would wait for the device: for a value of it, for a mask's or a list's
 length, in torch's decompositions, and in every copy to or from it.
 """
