@@ -10,6 +10,7 @@ and a ratio is one of medians. Peak memory is what a fresh process needs beyond 
 
 import argparse
 import copy
+import math
 import platform
 import statistics
 import time
@@ -140,10 +141,10 @@ def machine(device: str, quick: bool) -> dict:
     """What was measured on, the rates of arithmetic and memory that bound everything, and the price of new memory."""
     side, length = (256, 2**16) if quick else (4096, 2**27)
     a, b, target = torch.rand(side, side).to(device), torch.rand(length).to(device), torch.empty(length, device=device)
-    votes = 3 * 12 * 5 * UPPER_DIM if quick else 64 * 576 * 20 * UPPER_DIM  # of the first shape
-    kept = torch.zeros(votes, device=device)
+    stored = math.prod(next(iter(_shapes(quick).values()))) * UPPER_DIM  # votes of the first shape
+    kept = torch.zeros(stored, device=device)
     works = {"product": lambda: a @ a, "copy": lambda: target.copy_(b)}
-    works |= {"new": lambda: torch.empty(votes, device=device).fill_(1), "kept": lambda: kept.fill_(1)}
+    works |= {"new": lambda: torch.empty(stored, device=device).fill_(1), "kept": lambda: kept.fill_(1)}
     ms = compare(works, device, 9)
     x, W = layer(1, 2, 3, device)
     return {
@@ -153,8 +154,12 @@ def machine(device: str, quick: bool) -> dict:
         "compiled": without_votes(x.device).can_route(x, W, rounds=3),
         "gflops": 2 * side**3 / ms["product"] / 1e6,
         "gigabytes_per_second": 2 * 4 * length / ms["copy"] / 1e6,
-        "fill_ms": {"megabytes": 4 * votes / 1e6, "new": ms["new"], "kept": ms["kept"]},
+        "fill_ms": {"megabytes": 4 * stored / 1e6, "new": ms["new"], "kept": ms["kept"]},
     }
+
+
+def _shapes(quick: bool) -> dict[str, tuple[int, int, int]]:
+    return QUICK_ROUTING if quick else ROUTING
 
 
 def _processor() -> str:
@@ -184,7 +189,7 @@ def measure(device: str, quick: bool) -> dict:
     return {
         "quick": quick,
         "machine": machine(device, quick),
-        "routing": routing(QUICK_ROUTING if quick else ROUTING, device, repeats),
+        "routing": routing(_shapes(quick), device, repeats),
         "updates": updates(*((5, 12) if quick else (128, 576)), device, repeats),
         "inference": inference((1, 3) if quick else (1, 1024), device, repeats),
     }

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-LARGEST_LOGIT = 24  # sums of exponentials must stay above 1e-12; a round moves a logit by at most the sharpness
+_LARGEST_LOGIT = 24  # sums of exponentials must stay above 1e-12; a round moves a logit by at most the sharpness
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 _THREADS = (("-fopenmp",), ())  # with the threads that torch has, where the compiler can; else with one
 
@@ -43,10 +43,16 @@ def compiled(d: int, e: int) -> Callable[..., int] | None:
 
 def can_route(x: Tensor, W: Tensor, rounds: int, sharpness: float = 1.0) -> bool:
     """Whether ``route`` can run here on these: single precision on a CPU, no derivative asked for, bounded logits."""
-    plain = x.device.type == W.device.type == "cpu" and x.dtype == W.dtype == torch.float32
+    here = x.device.type == W.device.type == "cpu"
+    return here and is_plain(x, W, rounds, sharpness) and compiled(*W.shape[2:]) is not None
+
+
+def is_plain(x: Tensor, W: Tensor, rounds: int, sharpness: float) -> bool:
+    """Whether loops that store no votes can route these, on any device; see ``can_route``."""
+    single = x.dtype == W.dtype == torch.float32
     derivative = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
-    bounded = (rounds - 1) * sharpness <= LARGEST_LOGIT
-    return plain and not derivative and len(x) > 0 and bounded and compiled(*W.shape[2:]) is not None
+    bounded = (rounds - 1) * sharpness <= _LARGEST_LOGIT
+    return single and not derivative and len(x) > 0 and bounded
 
 
 def route(

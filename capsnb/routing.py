@@ -80,7 +80,7 @@ def route_with_agreement(
     fast = without_votes(x.device)
     if agreement == "cosine" and fast.can_route(x, W, rounds, sharpness):
         return RoutingState(*fast.route(x, on.to(x), W, rounds, over == "upper", sharpness))
-    chunk = _CHUNK if x.device.type == "cpu" else max(1, NUMBERS_AT_ONCE // W[..., 0].numel())
+    chunk = _CHUNK if x.device.type == "cpu" else at_once(W[..., 0].numel())
     parts = zip(x.split(chunk), on.split(chunk))
     last = [route_steps(part, W, on=here, **options)[-1] for part, here in parts]
     return RoutingState(*map(torch.cat, zip(*last)))
@@ -96,7 +96,12 @@ def without_votes(device: torch.device) -> ModuleType:
 
 
 _CHUNK = 16  # images whose votes are held at once: small enough for the processor's cache
-NUMBERS_AT_ONCE = 2**28  # on an accelerator: 1 GiB in single precision
+_NUMBERS_AT_ONCE = 2**28  # on an accelerator: 1 GiB in single precision
+
+
+def at_once(numbers: int) -> int:
+    """How many parts of so many ``numbers`` an accelerator should be given at once, at least 1."""
+    return max(1, _NUMBERS_AT_ONCE // max(1, numbers))
 
 
 def route_steps(
@@ -196,7 +201,7 @@ def forward_at_once(x: Tensor, W: Tensor, coupling: Tensor) -> Tensor:
 
     Nothing is left out, since to know what may be left out the processor would have to wait for the accelerator.
     """
-    count = max(1, NUMBERS_AT_ONCE // max(1, x.numel()))  # of upper capsules
+    count = at_once(x.numel())  # upper capsules
     parts = zip(coupling.permute(2, 0, 1).split(count), _matrices(W).split(count))
     return torch.cat([(c.unsqueeze(3) * x).flatten(2) @ matrices for c, matrices in parts]).transpose(0, 1)
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capsnb.native import LARGEST_LOGIT
+from capsnb.native import is_plain
 from capsnb.routing import route_steps
 
 try:
@@ -33,12 +33,10 @@ def can_route(x: Tensor, W: Tensor, rounds: int, sharpness: float = 1.0) -> bool
     The upper capsules may have 4,096 numbers in all, both sizes rounded up to powers of two, and every array fewer than
     2^31. And the kernels must have agreed with the plain way on this GPU. The first call finds that out; it compiles.
     """
-    if triton is None or x.device.type != "cuda" or W.device != x.device or not x.dtype == W.dtype == torch.float32:
+    here = triton is not None and x.device.type == "cuda" and W.device == x.device
+    if not here or not is_plain(x, W, rounds, sharpness):
         return False
-    derivative = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
-    bounded = (rounds - 1) * sharpness <= LARGEST_LOGIT
-    fit = _padded(W) <= _NUMBERS and _largest(x, W) < 2**31
-    return not derivative and len(x) > 0 and bounded and fit and _works(x.device)
+    return _padded(W) <= _NUMBERS and _largest(x, W) < 2**31 and _works(x.device)
 
 
 def _padded(W: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from capsnb import distributed
 from capsnb.capsules import squash
-from capsnb.routing import NUMBERS_AT_ONCE
+from capsnb.routing import at_once
 from capsnb.settings import SparsitySettings
 
 
@@ -24,9 +24,9 @@ def explanation(x: Float[Tensor, "B I e"], W: Float[Tensor, "I J d e"]) -> Float
     lower, upper, d, e = W.shape
     x = x.transpose(1, 2).contiguous()  # [B, e, I], so that the sums over e below run along whole rows
     flat, cosines = x.flatten(1), []
-    at_once = 1 if x.device.type == "cpu" else max(1, NUMBERS_AT_ONCE // max(1, x.numel()))  # upper capsules
-    for matrices in W.permute(1, 3, 0, 2).reshape(upper, e * lower, d).split(at_once):
-        z = (squash(flat @ matrices) @ matrices.mT).unflatten(2, (e, lower))  # [at once, B, e, I]
+    count = 1 if x.device.type == "cpu" else at_once(x.numel())  # upper capsules
+    for matrices in W.permute(1, 3, 0, 2).reshape(upper, e * lower, d).split(count):
+        z = (squash(flat @ matrices) @ matrices.mT).unflatten(2, (e, lower))  # [count, B, e, I]
         square = z.square().sum(2)
         squashed = square.clamp(min=1e-24).sqrt() / (1 + square)  # squash(z) is z times this
         product, length = (squashed * (z * x).sum(2)).sum(2), (squashed.square() * square).sum(2)
@@ -92,7 +92,7 @@ class Sparsity(nn.Module):
         settings, count = self.settings, explanation.shape[1]
         self.updates += 1
         winner = self.score(explanation).argmax(1)
-        wins = distributed.mean(F.one_hot(winner, count).to(explanation).mean(0))
-        self.share.lerp_(wins.to(self.share), 1 - settings.running)
+        wins = distributed.mean(F.one_hot(winner, count).to(self.share).mean(0))
+        self.share.lerp_(wins, 1 - settings.running)
         self.boost += settings.boost_step * (self.share < settings.share_low / count)
         self.boost -= settings.boost_step * (self.share > settings.share_high / count)

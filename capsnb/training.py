@@ -194,7 +194,8 @@ def minimise(
     def state() -> dict[str, Tensor]:
         return module.state_dict() | checkpoints.pack_optimiser(plan.optimiser)
 
-    kept.write(done, plan.steps, state)
+    if not done:
+        kept.write(0, plan.steps, state)
     parallel = distributed.parallel(module.train())
     for step in range(done, plan.steps):
         rate = plan.learning_rate * min(1, (step + 1) / plan.warmup) * (1 - step / plan.steps)

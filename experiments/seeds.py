@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsnb import data, load_pretrained, runs, squash
+from capsnb import data, load_pretrained, runs, squash, training
 from capsnb.classifier import load_classifier
 from capsnb.evaluation import contingency, evaluate, linear_probe, purity, svm_probe, winner
 from capsnb.model import ExpertCapsules
@@ -177,8 +177,7 @@ def measure(model: ExpertCapsules, train: Split, test: Split, seed: int, count: 
     rng = torch.Generator().manual_seed(seed)
     samples = model.decode(sample_layers(count, model.poses, domain="fitted", rng=rng))
     found = evaluate(model, train, test, seed=seed, svm=True)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with training.seeded(seed, torch.device("cpu")):
         found |= of_lower_capsules(model, train, test, seed)
     found["quality"], _ = measure_samples(samples, Real(train[0], test[0], load_classifier()), rng=rng)
     return found, as_bytes(samples[:SHOWN])

@@ -28,10 +28,7 @@ def differences(sizes: tuple[int, ...], rounds: int, over: str, sharpness: float
     return [(here.double() - plain).abs().max().item() for here, plain in zip(found, expected)]
 
 
-SIGNATURES = {
-    "_mix": "x on W direction coupling sums weights lengths | batch lower upper | sharpness",
-    "_turn": "sums weights lengths z direction agreement scale | parts capsules |",
-}
+NUMBERS = dict.fromkeys(("batch", "lower", "upper", "parts", "capsules"), "i32") | {"sharpness": "fp32"}
 
 
 def translated(capability: int, over_upper: bool) -> dict[str, tuple[int, int]]:
@@ -49,10 +46,10 @@ def translated(capability: int, over_upper: bool) -> dict[str, tuple[int, int]]:
     constants_of = {"_mix": blocks | tile, "_turn": blocks | {"BLOCK_PARTS": routing_gpu.PARTS_AT_ONCE}}
     warps, made = {"_mix": routing_gpu.MIX_WARPS, "_turn": routing_gpu.TURN_WARPS}, {}
     for name, constants in constants_of.items():
-        kinds = zip(("*fp32", "i32", "fp32"), SIGNATURES[name].split("|"))
-        signature = {argument: kind for kind, names in kinds for argument in names.split()}
-        signature |= dict.fromkeys(constants, "constexpr")
-        source = ASTSource(getattr(routing_gpu, name), signature=signature, constexprs=constants)
+        function = getattr(routing_gpu, name)
+        kinds = NUMBERS | dict.fromkeys(constants, "constexpr")
+        signature = {argument: kinds.get(argument, "*fp32") for argument in function.arg_names}
+        source = ASTSource(function, signature=signature, constexprs=constants)
         kernel = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps[name]})
         made[name] = len(kernel.asm["cubin"]), kernel.metadata.shared
     return made

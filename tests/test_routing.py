@@ -157,7 +157,7 @@ def test_the_forward_map_at_once_is_equation_3_for_any_number_of_capsules_at_onc
     layer, coupling, numbers, monkeypatch
 ):
     x, W = layer
-    monkeypatch.setattr("capsnb.routing.NUMBERS_AT_ONCE", numbers)
+    monkeypatch.setattr("capsnb.routing._NUMBERS_AT_ONCE", numbers)
     expected = paper.each_image(lambda x, c: paper.forward(x, W.numpy(), c), x, coupling)
     assert_close(forward_at_once(x, W, coupling), expected)
 

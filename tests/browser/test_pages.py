@@ -10,6 +10,7 @@ from playwright.sync_api import expect
 from website import HTML, ROOT, WIDGETS, come_to_rest, eventually, pixels, widget, without
 
 CHAPTERS = sorted(path.stem for path in (ROOT / "book").glob("*.ipynb"))
+PAGES = [*CHAPTERS, "references"]
 each_page = pytest.mark.parametrize("name", WIDGETS)
 
 
@@ -45,7 +46,7 @@ def test_no_request_leaves_the_site_and_no_script_fails(window, website, name):
 
 
 @pytest.mark.parametrize(
-    "name, scheme", [(name, "light") for name in [*CHAPTERS, "references"]] + [(name, "dark") for name in WIDGETS]
+    "name, scheme", [(name, "light") for name in PAGES] + [(name, "dark") for name in WIDGETS]
 )
 def test_axe_finds_nothing_wrong(open_page, name, scheme):
     page = open_page(name, color_scheme=scheme)
@@ -56,7 +57,7 @@ def test_axe_finds_nothing_wrong(open_page, name, scheme):
     assert [(each["id"], [node["target"] for node in each["nodes"][:3]]) for each in found] == []
 
 
-@pytest.mark.parametrize("name", [*CHAPTERS, "references"])
+@pytest.mark.parametrize("name", PAGES)
 def test_a_phone_shows_the_page_without_sideways_scrolling(open_page, name):
     page = open_page(name, viewport={"width": 390, "height": 844})
     widgets = [widget(page, kind) for kind in WIDGETS.get(name, [])]
