@@ -140,7 +140,7 @@ def _weights(name: str) -> Path:
 
 
 def _system(path: Path) -> str:
-    return systems.system_of(checkpoints.read(path)[1])
+    return systems.system_of(checkpoints.read_facts(path))
 
 
 def _sample(options: argparse.Namespace) -> bool | None:

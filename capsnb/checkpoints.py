@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,14 +20,26 @@ def write(path: Path, tensors: dict[str, Tensor], **facts) -> None:
     os.replace(partial, path)
 
 
+def read_facts(path: Path) -> dict:
+    """The facts of ``path`` alone, even while another process puts a new file in its place.  Raises as ``read``."""
+    return _opened(path, "np", lambda file: json.loads(file.metadata()["capsnb"]))
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors and facts of ``path``.  Raises FileNotFoundError, or ValueError for a corrupt or foreign file."""
+    def content(file) -> tuple[dict[str, Tensor], dict]:
+        facts = json.loads(file.metadata()["capsnb"])
+        return {name: file.get_tensor(name) for name in file.keys()}, facts
+
+    return _opened(path, "pt", content)
+
+
+def _opened(path: Path, framework: str, content: Callable):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; train it with `python -m capsnb train`, or check the name")
     try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["capsnb"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts
+        with safe_open(path, framework) as file:
+            return content(file)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a complete capsnb weight file ({error}); delete it and remake it") from error
 

@@ -141,7 +141,7 @@ def test_the_command_line_under_torchrun_goes_on_after_it_was_killed_between_sta
 
 
 def is_finished(path):
-    return path.exists() and checkpoints.read(path)[1].get("finished", False)
+    return path.exists() and checkpoints.read_facts(path).get("finished", False)
 
 
 # The environment
